@@ -1,0 +1,98 @@
+"""Everything that this package raises on purpose.
+
+::
+
+    VfioUserError
+    ├── ProtocolError                  the peer broke a rule of the protocol
+    │   ├── FramingError               a header that cannot be framed: the stream ends here
+    │   ├── MessageError               a well-framed message with wrong contents
+    │   ├── NegotiationError           the versions or the capabilities do not fit
+    │   └── UnexpectedReplyError       a reply that answers nothing that was asked
+    ├── CommandError (OSError)         the peer refused a command; ``errno`` is the reply's
+    ├── CallTimeoutError (TimeoutError)    a call was not answered in time
+    ├── ConnectionClosedError (ConnectionError)    the peer is gone
+    ├── UsageError (ValueError)        the caller asked for something that cannot be sent
+    └── MigrationError                 device state cannot be saved, moved or restored
+        ├── TransitionError (OSError)  no path leads from one device state to the other
+        └── StreamError (OSError)      a migration data stream that must not be loaded
+
+A device says why it refuses by raising ``OSError(errno.X)``: that errno goes into the reply. Anything else that
+a device raises is a bug of the device: it is logged with its traceback, the peer gets EIO and the connection lives.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+class VfioUserError(Exception):
+    """The root of everything that this package raises on purpose."""
+
+
+class ProtocolError(VfioUserError):
+    """The peer broke a rule of the protocol.
+
+    ``errno`` is what a reply to the offending command carries.
+    """
+
+    def __init__(self, message: str, error: int = errno.EINVAL) -> None:
+        super().__init__(message)
+        self.errno = error
+
+
+class FramingError(ProtocolError):
+    """A header whose size cannot be framed: where the next message begins is unknown."""
+
+
+class MessageError(ProtocolError):
+    """A message that was framed, but whose contents break a rule."""
+
+
+class NegotiationError(ProtocolError):
+    """Version or capabilities of the two sides do not fit, or are malformed."""
+
+
+class UnexpectedReplyError(ProtocolError):
+    """A reply that does not belong to the command that awaits one."""
+
+
+class CommandError(VfioUserError, OSError):
+    """The peer refused a command.
+
+    ``errno`` is the reply's; a reply that carries none, or one that is no errno, reads as EINVAL.
+    """
+
+    def __init__(self, error: int, command: str) -> None:
+        super().__init__(error, f"{command} refused: {os.strerror(error)}")
+        self.command = command
+
+
+class CallTimeoutError(VfioUserError, TimeoutError):
+    """A call was not answered within its timeout. The connection is closed: its stream has no known state."""
+
+
+class ConnectionClosedError(VfioUserError, ConnectionError):
+    """The peer closed the connection, or this side did."""
+
+
+class UsageError(VfioUserError, ValueError):
+    """What the caller asked for cannot be sent: a count, an offset or a number of fds out of range."""
+
+
+class MigrationError(VfioUserError):
+    """Device state cannot be saved, moved or restored."""
+
+
+class TransitionError(MigrationError, OSError):
+    """No path leads from one device state to another, or the device failed on the way."""
+
+    def __init__(self, message: str, error: int = errno.EINVAL) -> None:
+        super().__init__(error, message)
+
+
+class StreamError(MigrationError, OSError):
+    """A migration data stream that is damaged, incomplete, too long or for another device."""
+
+    def __init__(self, message: str, error: int = errno.EINVAL) -> None:
+        super().__init__(error, message)
