@@ -14,6 +14,7 @@
     ├── UsageError (ValueError)        the caller asked for something that cannot be sent
     └── MigrationError                 device state cannot be saved, moved or restored
         ├── TransitionError (OSError)  no path leads from one device state to the other
+        ├── UnrecoverableError (OSError)   an arc that failed and left the device in no known state
         └── StreamError (OSError)      a migration data stream that must not be loaded
 
 A device says why it refuses by raising ``OSError(errno.X)``: that errno goes into the reply. Anything else that
@@ -88,6 +89,13 @@ class TransitionError(MigrationError, OSError):
     """No path leads from one device state to another, or the device failed on the way."""
 
     def __init__(self, message: str, error: int = errno.EINVAL) -> None:
+        super().__init__(error, message)
+
+
+class UnrecoverableError(MigrationError, OSError):
+    """Raised by a device on an arc that failed and from which no good state can be restored: ERROR follows."""
+
+    def __init__(self, message: str, error: int = errno.EIO) -> None:
         super().__init__(error, message)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from struct import Struct
+from struct import Struct, error
 from typing import ClassVar, Self
 
-from vfio_user.errors import MessageError
+from vfio_user.errors import MessageError, UsageError
 from vfio_user.wire.constants import FEATURE_MASK, REGION_INFO_CAP_SPARSE_MMAP, IoFdType
 
 Buffer = bytes | bytearray | memoryview
@@ -33,7 +33,11 @@ class Payload:
         return cls(*cls.LAYOUT.unpack_from(data, offset))
 
     def pack(self) -> bytes:
-        return self.LAYOUT.pack(*[getattr(self, name) for name in self.__match_args__])
+        """The bytes of the structure. Raises UsageError when a field does not fit."""
+        try:
+            return self.LAYOUT.pack(*[getattr(self, name) for name in self.__match_args__])
+        except error as why:
+            raise UsageError(f"{self}: {why}") from why
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class Header(Payload):
     command: int
     msg_size: int
     flags: int
-    error: int
+    error_no: int
 
 
 @dataclass(frozen=True, slots=True)

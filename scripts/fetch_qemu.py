@@ -1,0 +1,303 @@
+#!/usr/bin/env python3
+"""Fetch a QEMU with the vfio-user-pci device into ``.qemu/``: no root, nothing of the system is touched.
+
+QEMU 11.1 and everything it needs, down to the C library, comes as Debian packages from the mirror that this
+machine's own apt already uses. The packages are only unpacked, never installed. ``.qemu/qemu-system-x86_64``
+is a wrapper that runs the result with the unpacked loader, so it does not matter how old the C library of
+this machine is. The wrapper is written last: where it is, the fetch is whole. Remove ``.qemu`` to fetch anew.
+
+Where the PATH already has a qemu-system-x86_64 that knows the device (10.1 and later), that one is used.
+
+Exit status: 0 when there is a QEMU, 1 with one line on stderr when there is none to be had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent.parent / ".qemu"
+BINARY = "qemu-system-x86_64"
+DEVICE = "vfio-user-pci"
+
+RELEASE, BACKPORTS = "trixie", "trixie-backports"
+DEBIAN_SUITE = re.compile(
+    r"(bullseye|bookworm|trixie|forky|duke|sid|oldoldstable|oldstable|stable|testing|unstable)(-updates|-backports)?"
+)
+INDEX_URI = re.compile(r"^'(?P<mirror>[^']+?)/dists/(?P<suite>[^/']+)/main/binary-", re.MULTILINE)
+KEYRINGS = [Path(f"/usr/share/keyrings/debian-archive-keyring.{suffix}") for suffix in ("pgp", "gpg")]
+
+# A whole private apt. An empty dpkg status makes it fetch the closure; #clear keeps the hooks of this machine
+# from running; proxies, credentials and certificates of this machine still hold.
+APT_CONF = """\
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+#clear APT::Default-Release;
+APT::Install-Recommends "false";
+APT::Install-Suggests "false";
+APT::Sandbox::User "";
+APT::Update::Error-Mode "any";
+Acquire::Languages "none";
+Acquire::Retries "3";
+Acquire::http::Timeout "30";
+Acquire::https::Timeout "30";
+Debug::NoLocking "true";
+Dir::Cache "{apt}/cache";
+Dir::Log "{apt}/log";
+Dir::State "{apt}/state";
+Dir::State::status "{apt}/status";
+"""
+PRIVATE_SOURCES = """\
+Dir::Etc::SourceList "{apt}/sources.list";
+Dir::Etc::SourceParts "/dev/null";
+Dir::Etc::Preferences "/dev/null";
+Dir::Etc::PreferencesParts "/dev/null";
+"""
+PRIVATE_DIRECTORIES = ("cache/archives/partial", "state/lists/partial", "log")
+
+WRAPPER = """\
+#!/bin/sh
+# The unpacked QEMU with its own loader and libraries, all found from where this file is: the tree may move.
+root=$(dirname -- "$(readlink -f -- "$0")")/root
+libraries=$root/{libraries}
+export QEMU_MODULE_DIR="$libraries/qemu"
+exec "$root/{loader}" --library-path "$libraries" --argv0 {binary} "$root/usr/bin/{binary}" \\
+    -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" "$@"
+"""
+
+
+class FetchError(Exception):
+    """QEMU cannot be had; the message says why in one line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Fetch a QEMU with the vfio-user-pci device into .qemu/.")
+    parser.add_argument("--print", action="store_true", help="fetch nothing: print the path of the QEMU that is there")
+    parser.add_argument("--guest", action="store_true", help="also fetch a Linux kernel and busybox into .qemu/guest/")
+    parser.add_argument("--mirror", metavar="URI", help="Debian mirror (default: those of this machine's apt)")
+    options = parser.parse_args(arguments)
+    try:
+        qemu = present() if options.print else ensure_qemu(options.mirror)
+        if options.guest and not options.print:
+            ensure_guest(options.mirror)
+    except (FetchError, OSError) as error:
+        print(f"fetch_qemu: {error}", file=sys.stderr)
+        return 1
+    if qemu is None:
+        print(f"fetch_qemu: no QEMU with {DEVICE} here; run this without --print", file=sys.stderr)
+        return 1
+    print(qemu)
+    return 0
+
+
+def present() -> Path | None:
+    """The QEMU that is there without fetching: the fetched one, else one on PATH that has the device."""
+    if os.access(HOME / BINARY, os.X_OK):
+        return HOME / BINARY
+    system = shutil.which(BINARY)
+    return Path(system) if system and has_device(Path(system)) else None
+
+
+def has_device(qemu: Path) -> bool:
+    """Whether this QEMU starts and lists the vfio-user-pci device."""
+    try:
+        listing = run(qemu, "-machine", "none", "-device", "help", timeout=30)
+    except FetchError:
+        return False
+    return f'"{DEVICE}"' in listing
+
+
+def ensure_qemu(mirror: str | None) -> Path:
+    """The QEMU that is there, or else the one fetched now."""
+    found = present()
+    if found:
+        return found
+    with only_one(), private_apt(mirror) as apt:
+        if not (HOME / BINARY).exists():  # else another process fetched it while this one waited
+            fetch_qemu(apt)
+    return HOME / BINARY
+
+
+def ensure_guest(mirror: str | None) -> None:
+    """A kernel and a static busybox under ``.qemu/guest/``."""
+    guest = HOME / "guest"
+    if guest.exists():
+        return
+    with only_one(), private_apt(mirror) as apt:
+        if not guest.exists():
+            fetch_guest(apt, guest)
+
+
+def fetch_qemu(apt: Apt) -> None:
+    """Unpack QEMU with its closure and, once it is seen to work, put the wrapper in place."""
+    say("fetching QEMU and what it needs")
+    # -t and not package/suite: the dependencies must come from backports, too.
+    apt.get("install", "--yes", "--download-only", "--target-release", BACKPORTS, "qemu-system-x86")
+    root = HOME / "root"
+    unpack(apt.packages(), root)
+    wrapper = HOME / f"{BINARY}.new"
+    wrapper.write_text(wrapper_script(root), encoding="utf-8")
+    wrapper.chmod(0o755)
+    if not has_device(wrapper):
+        raise FetchError(f"the QEMU unpacked in {root} does not start, or does not have {DEVICE}")
+    wrapper.replace(HOME / BINARY)
+
+
+def fetch_guest(apt: Apt, guest: Path) -> None:
+    """Unpack the kernel that Debian's cloud images run, and busybox: the guest needs nothing else."""
+    say("fetching a guest's kernel and busybox")
+    architecture = run("dpkg", "--print-architecture").strip()
+    meta = apt.cache("depends", f"linux-image-cloud-{architecture}")
+    kernel = re.search(r"Depends: (linux-image-\d\S+)", meta)
+    if kernel is None:
+        raise FetchError(f"linux-image-cloud-{architecture} depends on no kernel")
+    apt.get("download", kernel[1], "busybox-static")
+    partial = guest.with_suffix(".new")
+    unpack(apt.packages(), partial)
+    partial.replace(guest)
+
+
+def wrapper_script(root: Path) -> str:
+    """The text of the wrapper for what was unpacked in ``root``."""
+    loader = next(root.glob("usr/lib/*-linux-*/ld-linux*.so.*"), None)
+    if loader is None:
+        raise FetchError(f"no dynamic loader in {root}")
+    libraries = loader.parent.relative_to(root)
+    return WRAPPER.format(libraries=libraries, loader=loader.relative_to(root), binary=BINARY)
+
+
+def unpack(packages: Sequence[Path], root: Path) -> None:
+    """Unpack Debian packages into a fresh folder, without the set-id bits that root would get."""
+    if not packages:
+        raise FetchError("apt downloaded no package")
+    say(f"unpacking {len(packages)} packages")
+    shutil.rmtree(root, ignore_errors=True)
+    for package in packages:
+        run("dpkg", "-x", package, root)
+    for path in root.rglob("*"):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode) and mode & (stat.S_ISUID | stat.S_ISGID):
+            path.chmod(stat.S_IMODE(mode) & ~(stat.S_ISUID | stat.S_ISGID))
+
+
+class Apt:
+    """apt with state, cache and sources of its own, all below one folder."""
+
+    def __init__(self, home: Path) -> None:
+        self._archives = home / "cache/archives"
+        self._conf = home / "apt.conf"
+        self._sources = home / "sources.list"
+        for name in PRIVATE_DIRECTORIES:
+            (home / name).mkdir(parents=True)
+        (home / "status").touch()
+        self._conf.write_text(APT_CONF.format(apt=home), encoding="utf-8")
+        self._private_sources = PRIVATE_SOURCES.format(apt=home)
+
+    def debian_mirrors(self) -> list[str]:
+        """The mirrors that serve Debian to this machine, as apt itself reads its .sources and .list files."""
+        uris = self.get("update", "--print-uris")
+        found = [match["mirror"] for match in INDEX_URI.finditer(uris) if DEBIAN_SUITE.fullmatch(match["suite"])]
+        return list(dict.fromkeys(found))
+
+    def use(self, mirror: str) -> None:
+        """Take packages from this mirror only, checked against Debian's own keys.
+
+        Where Debian's keyring is not installed, apt's own trusted keys must do.
+        """
+        keyring = next((path for path in KEYRINGS if path.exists()), None)
+        options = f"[signed-by={keyring}] " if keyring else ""
+        lines = [f"deb {options}{mirror} {suite} main\n" for suite in (RELEASE, BACKPORTS)]
+        self._sources.write_text("".join(lines), encoding="utf-8")
+        with self._conf.open("a", encoding="utf-8") as conf:
+            conf.write(self._private_sources)
+        self.get("update")
+
+    def get(self, *arguments: str) -> str:
+        """Run apt-get; what it downloads lands where :meth:`packages` looks."""
+        return run("apt-get", "--config-file", self._conf, "--quiet", *arguments, cwd=self._archives)
+
+    def cache(self, *arguments: str) -> str:
+        """Run apt-cache."""
+        return run("apt-cache", "--config-file", self._conf, *arguments)
+
+    def packages(self) -> list[Path]:
+        """What was downloaded."""
+        return sorted(self._archives.glob("*.deb"))
+
+
+@contextmanager
+def private_apt(mirror: str | None) -> Iterator[Apt]:
+    """An apt in a temporary folder that has the package lists of the first mirror that works."""
+    for tool in ("apt-get", "dpkg"):
+        if shutil.which(tool) is None:
+            raise FetchError(f"no {tool} on this machine: install QEMU 10.1 or later yourself and put it on PATH")
+    with tempfile.TemporaryDirectory(prefix="apt-", dir=HOME) as folder:
+        mirrors = [mirror] if mirror else Apt(Path(folder, "asking")).debian_mirrors()
+        if not mirrors:
+            raise FetchError("apt on this machine has no Debian mirror: name one with --mirror")
+        yield first_that_works(mirrors, Path(folder))
+
+
+def first_that_works(mirrors: Sequence[str], folder: Path) -> Apt:
+    """An apt that has the lists of the first mirror that serves what is needed; else the last one's error."""
+    failure = FetchError("no mirror")
+    for number, mirror in enumerate(mirrors):
+        apt = Apt(folder / str(number))
+        try:
+            apt.use(mirror)
+        except FetchError as error:
+            failure = error
+        else:
+            return apt
+    raise failure
+
+
+@contextmanager
+def only_one() -> Iterator[None]:
+    """Keep two of us from fetching into the same folder at the same time."""
+    HOME.mkdir(exist_ok=True)
+    with (HOME / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def run(*command: str | Path, cwd: Path | None = None, timeout: float = 600) -> str:
+    """The standard output of a command; its own last error line if it fails."""
+    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    shown = Path(command[0]).name
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise FetchError(f"{shown}: {error}") from error
+    if done.returncode:
+        raise FetchError(f"{shown}: {error_line(done.stderr) or f'exit status {done.returncode}'}")
+    return done.stdout
+
+
+def error_line(stderr: str) -> str:
+    """The line of a command's complaints that says most: the first error of apt, or else the last line."""
+    lines = stderr.strip().splitlines()
+    return next((line for line in lines if line.startswith(("E:", "W: Failed"))), lines[-1] if lines else "")
+
+
+def say(text: str) -> None:
+    """Progress, on stderr: stdout has the path and nothing else."""
+    print(f"fetch_qemu: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

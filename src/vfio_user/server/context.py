@@ -1,0 +1,100 @@
+"""What the handlers of one connection share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+from vfio_user.dma.iova import IovaTable
+from vfio_user.errors import MessageError
+from vfio_user.server.backend import Irq, Region, ServerBackend
+from vfio_user.wire.capabilities import Capabilities
+from vfio_user.wire.constants import DEFAULT_DATA_XFER_SIZE, DEFAULT_DMA_MAPS, DeviceState, PciRegion, RegionFlags
+from vfio_user.wire.messages import Buffer
+
+T = TypeVar("T")
+
+
+class Reply(NamedTuple):
+    """What a handler answers: the parts of the payload in order, and descriptors that stay the backend's."""
+
+    parts: Sequence[Buffer] = ()
+    fds: Sequence[int] = ()
+
+
+class DmaMapping(NamedTuple):
+    """How a DMA region was mapped; two that are equal are the same region. ``file`` is (st_dev, st_ino)."""
+
+    flags: int
+    offset: int
+    file: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What this server takes: bytes of data in one message, and DMA regions."""
+
+    data_xfer_size: int = DEFAULT_DATA_XFER_SIZE
+    dma_maps: int = DEFAULT_DMA_MAPS
+
+
+NO_ACCESS = -1
+"""The limit of a region that cannot be read, or written: no access ends before it."""
+
+
+@dataclass(slots=True)
+class Context:
+    """One connection: its backend, what the client stated, what it mapped."""
+
+    backend: ServerBackend
+    limits: Limits
+    client: Capabilities = field(default_factory=Capabilities)
+    maps: IovaTable[DmaMapping] = field(default_factory=IovaTable)
+    irqs_in_use: set[int] = field(default_factory=set)
+    readable: list[int] = field(default_factory=list)
+    """By region: where a read must end at the latest, in bytes; NO_ACCESS where none may be."""
+    writable: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.refresh_access()
+
+    def region(self, index: int) -> Region:
+        return _element(self.backend.regions, index, "region")
+
+    def irq(self, index: int) -> Irq:
+        return _element(self.backend.irqs, index, "interrupt index")
+
+    @property
+    def migratable(self) -> bool:
+        try:
+            return bool(self.backend.migration_flags())
+        except OSError:
+            return False
+
+    def refresh_access(self) -> None:
+        """Work out who may be read and written, from the regions' flags and the migration state.
+
+        In STOP_COPY the state is on its way: a BAR that changed now would be lost, and is not accessed. Config
+        space is served in every state.
+        """
+        frozen = self.migratable and self.backend.migration_get_state() == DeviceState.STOP_COPY
+        self.readable = self._limits(RegionFlags.READ, frozen)
+        self.writable = self._limits(RegionFlags.WRITE, frozen)
+
+    def _limits(self, flag: int, frozen: bool) -> list[int]:
+        return [
+            region.size if region.flags & flag and not (frozen and index != PciRegion.CONFIG) else NO_ACCESS
+            for index, region in enumerate(self.backend.regions)
+        ]
+
+
+def _element(items: Sequence[T], index: int, what: str) -> T:
+    if index >= len(items):
+        raise MessageError(f"{what} {index}: there are {len(items)}")
+    return items[index]
+
+
+def check_argsz(argsz: int, least: int) -> None:
+    if argsz < least:
+        raise MessageError(f"argsz {argsz}: at least {least} is needed")

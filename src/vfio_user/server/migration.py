@@ -1,0 +1,190 @@
+"""DEVICE_FEATURE and the migration data stream: MIG_DATA_READ, MIG_DATA_WRITE."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vfio_user.dma.bitmap import bitmap_size, check_logging_ranges, check_report
+from vfio_user.errors import MessageError
+from vfio_user.migration.states import RUNNING_STATES, SAVING_STATES
+from vfio_user.protocol import Message
+from vfio_user.server.backend import ServerBackend
+from vfio_user.server.context import Context, Reply, check_argsz
+from vfio_user.wire import messages as m
+from vfio_user.wire.constants import (
+    MAX_BITMAP_SIZE,
+    MAX_LOGGING_RANGES,
+    DeviceFeature,
+    DeviceState,
+    FeatureFlags,
+)
+
+_GET, _SET, _PROBE = FeatureFlags.GET, FeatureFlags.SET, FeatureFlags.PROBE
+_HEAD = m.Feature.LAYOUT.size
+
+class FeatureSpec(NamedTuple):
+    """What serves an operation of a feature, and the hook that it needs."""
+
+    serve: Callable[[Context, Message], Reply]
+    hook: str
+
+
+def device_feature(context: Context, message: Message) -> Reply:
+    """An unknown feature, an operation that it lacks, a device that cannot migrate: EINVAL."""
+    request = m.Feature.parse(message.payload)
+    supported = _supported(context, request.index)
+    operation = request.operation
+    if not supported or operation & ~(supported | _PROBE):
+        raise MessageError(f"feature {request.index} does not support {operation:#x} here")
+    if operation & _PROBE:
+        check_argsz(request.argsz, len(message.payload))
+        return Reply([bytes(message.payload)])
+    if operation not in (_GET, _SET):
+        raise MessageError(f"DEVICE_FEATURE flags {request.flags:#x}: one of GET and SET, or PROBE")
+    if operation == _SET:
+        check_argsz(request.argsz, len(message.payload))
+    return _FEATURES[request.index, operation].serve(context, message)
+
+
+def _supported(context: Context, index: int) -> int:
+    """The operations, besides PROBE, that the backend has for a feature."""
+    backend = type(context.backend)
+    if not context.migratable:
+        return 0
+    return sum(
+        operation
+        for (feature, operation), row in _FEATURES.items()
+        if feature == index and getattr(backend, row.hook) is not getattr(ServerBackend, row.hook)
+    )
+
+
+def quiesces(message: Message) -> bool:
+    """Whether this DEVICE_FEATURE takes the device out of the running states."""
+    if len(message.payload) < _HEAD + m.FeatureDeviceState.LAYOUT.size:
+        return False
+    request = m.Feature.parse(message.payload)
+    if request.index != DeviceFeature.MIG_DEVICE_STATE or request.operation != _SET:
+        return False
+    return m.FeatureDeviceState.parse(message.payload, _HEAD).device_state not in RUNNING_STATES
+
+
+def _get(message: Message, *parts: m.Buffer) -> Reply:
+    """The reply to a GET: the argsz that it takes, the flags as they came, the feature's data."""
+    request = m.Feature.parse(message.payload)
+    size = _HEAD + sum(map(len, parts))
+    check_argsz(request.argsz, size)
+    return Reply([m.Feature(size, request.flags).pack(), *parts])
+
+
+def _get_migration(context: Context, message: Message) -> Reply:
+    return _get(message, m.FeatureMigration(int(context.backend.migration_flags())).pack())
+
+
+def _get_device_state(context: Context, message: Message) -> Reply:
+    return _get(message, m.FeatureDeviceState(int(context.backend.migration_get_state())).pack())
+
+
+def _set_device_state(context: Context, message: Message) -> Reply:
+    number = m.FeatureDeviceState.parse(message.payload, _HEAD).device_state
+    try:
+        state = DeviceState(number)
+    except ValueError:
+        raise MessageError(f"{number} is no device state") from None
+    echo = bytes(message.payload)
+    try:
+        context.backend.migration_set_state(state)
+    finally:
+        context.refresh_access()
+    return Reply([echo])
+
+
+def _get_data_size(context: Context, message: Message) -> Reply:
+    return _get(message, m.FeatureDataSize(context.backend.migration_data_size()).pack())
+
+
+def _logging_start(context: Context, message: Message) -> Reply:
+    control = m.LoggingControl.parse(message.payload, _HEAD)
+    first = _HEAD + m.LoggingControl.LAYOUT.size
+    size = m.LoggingRange.LAYOUT.size
+    if control.num_ranges > min(MAX_LOGGING_RANGES, (len(message.payload) - first) // size):
+        raise MessageError(
+            f"{control.num_ranges} ranges announced, {len(message.payload) - first} bytes came, "
+            f"{MAX_LOGGING_RANGES} ranges are the most"
+        )
+    end = first + control.num_ranges * size
+    ranges = [(iova, length) for iova, length in m.LoggingRange.LAYOUT.iter_unpack(message.payload[first:end])]
+    check_logging_ranges(control.page_size, ranges)
+    echo = bytearray(message.payload)
+    chosen = context.backend.dma_logging_start(control.page_size, ranges)
+    m.LoggingControl.LAYOUT.pack_into(echo, _HEAD, chosen, control.num_ranges, control.reserved)
+    return Reply([echo])
+
+
+def _logging_stop(context: Context, message: Message) -> Reply:
+    echo = bytes(message.payload)
+    context.backend.dma_logging_stop()
+    return Reply([echo])
+
+
+def _logging_report(context: Context, message: Message) -> Reply:
+    report = m.LoggingReport.parse(message.payload, _HEAD)
+    check_report(report.iova, report.length, report.page_size)
+    size = bitmap_size(report.length, report.page_size)
+    if size > MAX_BITMAP_SIZE:
+        raise MessageError(f"a dirty bitmap of {size} bytes: at most {MAX_BITMAP_SIZE}")
+    check_argsz(m.Feature.parse(message.payload).argsz, _HEAD + m.LoggingReport.LAYOUT.size + size)
+    if not any(True for _ in context.maps.overlapping(report.iova, report.length)):
+        raise MessageError(f"nothing is mapped at {report.iova:#x}, {report.length:#x} bytes", errno.ENOENT)
+    bitmap = bytearray(size)
+    reply = _get(message, report.pack(), bitmap)
+    context.backend.dma_logging_report(report.iova, report.length, report.page_size, memoryview(bitmap))
+    return reply
+
+
+_FEATURES: dict[tuple[int, int], FeatureSpec] = {
+    (DeviceFeature.MIGRATION, _GET): FeatureSpec(_get_migration, "migration_flags"),
+    (DeviceFeature.MIG_DEVICE_STATE, _GET): FeatureSpec(_get_device_state, "migration_get_state"),
+    (DeviceFeature.MIG_DEVICE_STATE, _SET): FeatureSpec(_set_device_state, "migration_set_state"),
+    (DeviceFeature.DMA_LOGGING_START, _SET): FeatureSpec(_logging_start, "dma_logging_start"),
+    (DeviceFeature.DMA_LOGGING_STOP, _SET): FeatureSpec(_logging_stop, "dma_logging_stop"),
+    (DeviceFeature.DMA_LOGGING_REPORT, _GET): FeatureSpec(_logging_report, "dma_logging_report"),
+    (DeviceFeature.MIG_DATA_SIZE, _GET): FeatureSpec(_get_data_size, "migration_data_size"),
+}
+
+
+def _check_data(context: Context, request: m.MigData, states: frozenset[DeviceState], limit: int) -> None:
+    if not context.migratable:
+        raise MessageError("the device cannot migrate")
+    if request.size > limit:
+        raise MessageError(f"{request.size} bytes of migration data: at most {limit}")
+    check_argsz(request.argsz, m.MigData.LAYOUT.size + request.size)
+    state = context.backend.migration_get_state()
+    if state not in states:
+        raise MessageError(f"migration data in state {state.name}")
+
+
+def mig_data_read(context: Context, message: Message) -> Reply:
+    """The reply is as long as what there was: 8 bytes and the data. A short one ends the stream."""
+    request = m.MigData.parse(message.payload)
+    limit = min(context.client.data_xfer_size, context.limits.data_xfer_size)
+    _check_data(context, request, SAVING_STATES, limit)
+    if not request.size:
+        return Reply([m.MigData(m.MigData.LAYOUT.size, 0).pack()])
+    data = bytearray(request.size)
+    count = context.backend.migration_read_data(memoryview(data))
+    if not 0 <= count <= request.size:
+        raise ValueError(f"migration_read_data returned {count} of {request.size} bytes")
+    return Reply([m.MigData(m.MigData.LAYOUT.size + count, count).pack(), memoryview(data)[:count]])
+
+
+def mig_data_write(context: Context, message: Message) -> Reply:
+    request = m.MigData.parse(message.payload)
+    data = message.payload[m.MigData.LAYOUT.size :]
+    if len(data) != request.size:
+        raise MessageError(f"{request.size} bytes of migration data announced, {len(data)} came")
+    _check_data(context, request, frozenset({DeviceState.RESUMING}), context.limits.data_xfer_size)
+    if request.size:
+        context.backend.migration_write_data(data)
+    return Reply()

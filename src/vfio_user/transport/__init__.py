@@ -1,0 +1,1 @@
+"""Sockets: messages with file descriptors over AF_UNIX, blocking (``blocking``) and asyncio (``aio``)."""
