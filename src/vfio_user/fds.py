@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable
@@ -88,7 +89,5 @@ def is_mappable(fd: int) -> bool:
 
 def signal_eventfd(fd: int) -> None:
     """Add one to an eventfd's counter. A counter that is full is already signalled: nothing is lost."""
-    try:
+    with contextlib.suppress(BlockingIOError):
         os.eventfd_write(fd, 1)
-    except BlockingIOError:
-        pass

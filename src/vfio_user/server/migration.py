@@ -24,6 +24,7 @@ from vfio_user.wire.constants import (
 _GET, _SET, _PROBE = FeatureFlags.GET, FeatureFlags.SET, FeatureFlags.PROBE
 _HEAD = m.Feature.LAYOUT.size
 
+
 class FeatureSpec(NamedTuple):
     """What serves an operation of a feature, and the hook that it needs."""
 

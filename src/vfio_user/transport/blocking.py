@@ -6,6 +6,7 @@ kept by polling before a call that may block; a send that the peer does not take
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import select
 import socket
@@ -45,9 +46,7 @@ class Channel:
         """
         framer = self.framer
         try:
-            count, ancillary, got, _ = self.socket.recvmsg_into(
-                framer.space(), ANCILLARY_SIZE, _RECEIVE_FLAGS | flags
-            )
+            count, ancillary, got, _ = self.socket.recvmsg_into(framer.space(), ANCILLARY_SIZE, _RECEIVE_FLAGS | flags)
         except ConnectionError as error:
             raise ConnectionClosedError(f"receiving: {error}") from error
         if ancillary or got & socket.MSG_CTRUNC:
@@ -116,10 +115,8 @@ class Channel:
     def stop_receiving(self) -> None:
         """End :meth:`receive`, now or once what the peer has sent so far is taken. For another thread or a signal."""
         self._stopping = True
-        try:
+        with contextlib.suppress(OSError):  # gone already
             self.socket.shutdown(socket.SHUT_RD)
-        except OSError:
-            pass  # gone already
 
     def close(self) -> None:
         self.socket.close()
