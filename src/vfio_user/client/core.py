@@ -62,6 +62,8 @@ MAX_MULTI = 200
 """Writes in one REGION_WRITE_MULTI, as QEMU."""
 WINDOW = 64
 """Commands that are sent before their replies are read: a server whose replies nobody reads would stop."""
+ANSWER_ROOM = 32
+"""Spaces behind the proposal: a server's answer may not be longer, and names the twin socket's fd besides."""
 _MARGIN = 64
 
 PROPOSAL = Capabilities(
@@ -130,7 +132,7 @@ class ClientCore:
     # Set-up
 
     def negotiate(self) -> Call[None]:
-        text = pack_capabilities(self._proposal)
+        text = pack_capabilities(self._proposal, room=ANSWER_ROOM)
         version = m.Version(VERSION_MAJOR, VERSION_MINOR).pack()
         reply = yield from _one(Request(Command.VERSION, (version, text)))
         answer = m.Version.parse(reply.payload)

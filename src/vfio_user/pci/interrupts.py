@@ -35,11 +35,10 @@ OnWatch = Callable[[OwnedFd | None, int, int, int], None]
 
 
 class InterruptState(TypedDict):
-    """What a migration carries: the level of INTx, and the vectors of each index that are pending or masked."""
+    """What a migration carries: the level of INTx, and the vectors of each index that are pending."""
 
     asserted: bool
     pending: list[list[int]]
-    masked: list[list[int]]
 
 
 class Interrupts:
@@ -47,14 +46,19 @@ class Interrupts:
 
     A client that wants eventfds to mask and unmask needs ``on_watch``: whoever owns the event loop watches
     them and answers a signalled one with ``set_irqs(index, action | DATA_NONE, vector, 1, ())``. Without it,
-    such a request is refused.
+    such a request is refused. ``on_level`` hears of every change of INTx's level.
 
     Not thread-safe: a worker of the device hands its triggers to the thread that serves the client.
 
     Raises ValueError for counts beyond what PCI has.
     """
 
-    def __init__(self, counts: Sequence[int], on_watch: OnWatch | None = None) -> None:
+    def __init__(
+        self,
+        counts: Sequence[int],
+        on_watch: OnWatch | None = None,
+        on_level: Callable[[bool], None] | None = None,
+    ) -> None:
         if len(counts) != len(_NAMES):
             raise ValueError(f"{len(counts)} interrupt counts: one each for {', '.join(_NAMES)}")
         for name, count, limit in zip(_NAMES, counts, _LIMITS, strict=True):
@@ -66,6 +70,7 @@ class Interrupts:
         self._vectors = max(counts[INTX], counts[MSI], counts[MSIX])
         self._messages = next((index for index in (MSIX, MSI) if counts[index]), INTX)
         self._on_watch = on_watch
+        self._on_level = on_level
         self._watched: dict[tuple[int, int, int], OwnedFd] = {}
         self._operations = {
             ACTION_TRIGGER | DATA_NONE: self._loop_back,
@@ -88,6 +93,11 @@ class Interrupts:
         index = next((i for i in (MSIX, MSI, INTX) if self._lines[i].eventfds), self._messages)
         self._lines[index].fire(vector % self.counts[index])
 
+    @property
+    def message_signalled(self) -> bool:
+        """Whether the client listens for MSI or MSI-X: then INTx is not what a device raises."""
+        return bool(self._lines[MSI].eventfds or self._lines[MSIX].eventfds)
+
     def fire(self, index: int, vector: int = 0) -> None:
         """Send one interrupt of this very index, ERR for example. Raises ValueError if there is none."""
         if not 0 <= vector < self.counts[index]:
@@ -98,12 +108,18 @@ class Interrupts:
         """Raise the level of INTx, while its cause stands. Raises ValueError on a device without INTx."""
         if not self.counts[INTX]:
             raise ValueError("the device has no INTx: give it one vector")
-        self._intx.asserted = True
+        if not self._intx.asserted:
+            self._set_level(True)
         self._intx.deliver(0)
 
     def deassert(self) -> None:
         """Lower the level of INTx: the cause is gone."""
-        self._intx.asserted = False
+        self._set_level(False)
+
+    def _set_level(self, asserted: bool) -> None:
+        self._intx.asserted, self._intx.in_service = asserted, False
+        if self._on_level is not None:
+            self._on_level(asserted)
 
     @property
     def asserted(self) -> bool:
@@ -133,7 +149,7 @@ class Interrupts:
 
     def reset(self) -> None:
         """A device reset: nothing asserted, nothing pending. Eventfds and masks are the client's and stay."""
-        self._intx.asserted = self._intx.in_service = False
+        self._set_level(False)
         for line in self._lines:
             line.pending.clear()
 
@@ -143,12 +159,8 @@ class Interrupts:
             self._release(index, range(line.count))
 
     def save(self) -> InterruptState:
-        """What a migration carries. Eventfds and what they still have to say belong to the connection."""
-        return {
-            "asserted": self._intx.asserted,
-            "pending": [sorted(line.pending) for line in self._lines],
-            "masked": [sorted(line.masked) for line in self._lines],
-        }
+        """What a migration carries. Eventfds, masks and what they hold back belong to the connection."""
+        return {"asserted": self._intx.asserted, "pending": [sorted(line.pending) for line in self._lines]}
 
     def load(self, state: object) -> None:
         """Take over what :meth:`save` gave; nothing is fired before :meth:`rearm`.
@@ -160,18 +172,16 @@ class Interrupts:
         asserted = state["asserted"]
         if not isinstance(asserted, bool) or (asserted and not self.counts[INTX]):
             raise ValueError("interrupt state: asserted is a bool, and False without INTx")
-        pending, masked = (self._load_vectors(what, state[what]) for what in ("pending", "masked"))
-        self._intx.asserted, self._intx.in_service = asserted, False
-        for line, line_pending, line_masked in zip(self._lines, pending, masked, strict=True):
-            line.pending, line.masked = line_pending, line_masked
-
-    def _load_vectors(self, what: str, lists: object) -> list[set[int]]:
+        lists = state["pending"]
         if not isinstance(lists, list) or len(lists) != len(_NAMES):
-            raise ValueError(f"interrupt state: {what} is a list of {len(_NAMES)} lists")
-        return [
-            _load_set(f"{what} {name}", vectors, count)
+            raise ValueError(f"interrupt state: pending is a list of {len(_NAMES)} lists")
+        pending = [
+            _load_set(f"pending {name}", vectors, count)
             for name, vectors, count in zip(_NAMES, lists, self.counts, strict=True)
         ]
+        for line, vectors in zip(self._lines, pending, strict=True):
+            line.pending = vectors
+        self._set_level(asserted)
 
     # The client's side.
 
@@ -291,9 +301,9 @@ class _Vectors:
 class _IntxLine(_Vectors):
     """The INTx pin: a level, and pulses (which are pending like a message until delivered).
 
-    Once delivered it is in service, and silent until the client's UNMASK, which is the end of the interrupt:
-    VFIO calls that automasked. It is kept apart from the client's own mask, because it ends with the eventfd
-    that it was delivered to.
+    A level that was delivered is in service, and silent until the client's UNMASK, which is the end of the
+    interrupt and lets it out again while it stands. A pulse, and a level that went down in between, are news: a
+    client that sends no UNMASK hears of them too, and for one that does they are spurious at worst.
     """
 
     def __init__(self, count: int) -> None:
@@ -304,10 +314,10 @@ class _IntxLine(_Vectors):
 
     def deliver(self, vector: int) -> None:
         fd = self.eventfds.get(vector)
-        held_back = vector in self.masked or self.disabled or self.in_service
+        held_back = vector in self.masked or self.disabled
         if fd is not None and self.waiting() and not held_back:
             self.pending.clear()
-            self.in_service = True
+            self.in_service = self.asserted
             _signal(fd.fileno())
 
     def waiting(self) -> Set[int]:

@@ -105,11 +105,11 @@ def _check_page_sizes(capabilities: Capabilities) -> None:
         raise NegotiationError(f"migration.pgsize {pgsize}: a power of two from {PAGE_SIZE} on")
 
 
-def pack_capabilities(capabilities: Capabilities | None) -> bytes:
-    """Compact JSON and its NUL; nothing for None."""
+def pack_capabilities(capabilities: Capabilities | None, *, room: int = 0) -> bytes:
+    """Compact JSON, ``room`` spaces for an answer that may not be longer, and its NUL; nothing for None."""
     if capabilities is None:
         return b""
-    return b'{"capabilities":' + msgspec.json.encode(capabilities) + b"}\0"
+    return b'{"capabilities":' + msgspec.json.encode(capabilities) + b"}" + b" " * room + b"\0"
 
 
 def _common(proposed: int | UnsetType, supported: int) -> int | UnsetType:

@@ -1,0 +1,478 @@
+/*
+ * A ping-pong client: one message out, its reply in, the clock around both.
+ *
+ *   client SOCKET MODE SIZE WARMUP COUNT [raw]
+ *
+ *   region-read, region-write    REGION_READ, REGION_WRITE of SIZE bytes
+ *   mig-read, mig-write          MIG_DATA_READ, MIG_DATA_WRITE of SIZE bytes
+ *   report                       DMA_LOGGING_REPORT for SIZE bytes of guest memory, every page of 4 KiB dirty
+ *   posted                       SIZE REGION_WRITEs of 4 bytes without a reply, then one REGION_READ that has one
+ *
+ * Prints the median time in nanoseconds of COUNT exchanges (posted: that time divided by SIZE). Every reply is
+ * checked, and so is, once the clock has stopped, that the data arrived whole: see device.py for what the
+ * server has to be. With "raw" the very same bytes go to a server that only counts them, and nothing is checked.
+ */
+#define _GNU_SOURCE
+#include <err.h>
+#include <errno.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "wire.h"
+
+enum { MEMORY_REGION = 0, CONTROL_REGION = 1 };
+enum { DIRTY_ALL = 0, MIG_BYTES_WRITTEN = 8 }; /* registers of the control region, 8 bytes each */
+enum { DIRTY_PAGE = 4096, CONNECT_SECONDS = 20, REPLY_SECONDS = 20 };
+
+static void *allocate(size_t size)
+{
+    void *block = calloc(1, size);
+    if (!block)
+        err(EXIT_FAILURE, "calloc");
+    return block;
+}
+
+static uint64_t now(void)
+{
+    struct timespec t;
+    if (clock_gettime(CLOCK_MONOTONIC, &t) < 0)
+        err(EXIT_FAILURE, "clock_gettime");
+    return t.tv_sec * UINT64_C(1000000000) + t.tv_nsec;
+}
+
+/* ---- one command and its reply ---- */
+
+struct exchange {
+    struct header *request;
+    struct header *reply;
+    size_t reply_size;
+};
+
+static struct exchange exchange_new(enum command command, size_t payload_size, size_t reply_payload_size)
+{
+    struct exchange x = {.reply_size = sizeof(struct header) + reply_payload_size};
+    x.request = allocate(sizeof *x.request + payload_size);
+    x.reply = allocate(x.reply_size);
+    x.request->command = command;
+    x.request->size = sizeof *x.request + payload_size;
+    return x;
+}
+
+static void exchange_free(struct exchange *x)
+{
+    free(x->request);
+    free(x->reply);
+}
+
+/* The payload of a message, of whatever type it is. */
+static void *payload(struct header *message)
+{
+    return message + 1;
+}
+
+static void send_request(int fd, struct exchange *x)
+{
+    x->request->id++;
+    for (size_t done = 0; done < x->request->size;) {
+        ssize_t n = send(fd, (char *)x->request + done, x->request->size - done, MSG_NOSIGNAL);
+        if (n < 0)
+            err(EXIT_FAILURE, "send");
+        done += n;
+    }
+}
+
+static void check_reply(const struct exchange *x)
+{
+    const struct header *request = x->request, *reply = x->reply;
+    if (reply->id != request->id || reply->command != request->command || reply->flags != REPLY ||
+        reply->size != x->reply_size)
+        errx(EXIT_FAILURE, "command %u: reply %u to %u, flags %#x, error %u, %u bytes instead of %zu",
+             request->command, reply->id, request->id, reply->flags, reply->error, reply->size, x->reply_size);
+}
+
+static void receive_reply(int fd, struct exchange *x, bool raw)
+{
+    for (size_t done = 0; done < x->reply_size;) {
+        ssize_t n = recv(fd, (char *)x->reply + done, x->reply_size - done, 0);
+        if (n < 0)
+            err(EXIT_FAILURE, "recv");
+        if (n == 0)
+            errx(EXIT_FAILURE, "command %u: the server is gone", x->request->command);
+        if (!raw && done < sizeof *x->reply && done + n >= sizeof *x->reply)
+            check_reply(x); /* at once: an error's reply is shorter than what is awaited here */
+        done += n;
+    }
+}
+
+static void call(int fd, struct exchange *x)
+{
+    send_request(fd, x);
+    receive_reply(fd, x, false);
+}
+
+/* ---- commands ---- */
+
+static struct exchange region_access(enum command command, unsigned region, uint64_t offset, size_t count)
+{
+    size_t fixed = sizeof(struct region_access);
+    bool write = command == REGION_WRITE;
+    struct exchange x = exchange_new(command, write ? fixed + count : fixed, write ? fixed : fixed + count);
+    *(struct region_access *)payload(x.request) =
+        (struct region_access){.offset = offset, .region = region, .count = count};
+    return x;
+}
+
+static struct exchange mig_data(enum command command, size_t size)
+{
+    size_t fixed = sizeof(struct mig_data);
+    struct exchange x = command == MIG_DATA_READ ? exchange_new(command, fixed, fixed + size)
+                                                 : exchange_new(command, fixed + size, 0);
+    *(struct mig_data *)payload(x.request) = (struct mig_data){.argsz = fixed + size, .size = size};
+    return x;
+}
+
+static struct exchange report(size_t length)
+{
+    size_t fixed = sizeof(struct feature_report);
+    size_t words = (length / DIRTY_PAGE + 63) / 64;
+    struct exchange x = exchange_new(DEVICE_FEATURE, fixed, fixed + 8 * words);
+    *(struct feature_report *)payload(x.request) = (struct feature_report){
+        .argsz = fixed + 8 * words,
+        .flags = FEATURE_GET | DMA_LOGGING_REPORT,
+        .length = length,
+        .page_size = DIRTY_PAGE,
+    };
+    return x;
+}
+
+static void negotiate(int fd)
+{
+    static const char json[] = "{\"capabilities\":{\"max_data_xfer_size\":1048576}}";
+    struct exchange x = exchange_new(VERSION, sizeof(struct version) + sizeof json, 4096);
+    struct version *version = payload(x.request);
+    version->minor = 1;
+    memcpy(version->json, json, sizeof json);
+    send_request(fd, &x);
+    if (recv(fd, x.reply, sizeof *x.reply, MSG_WAITALL) != sizeof *x.reply)
+        err(EXIT_FAILURE, "recv of the reply to VERSION");
+    if (x.reply->size < sizeof *x.reply || x.reply->size > x.reply_size)
+        errx(EXIT_FAILURE, "a reply to VERSION of %u bytes", x.reply->size);
+    x.reply_size = x.reply->size; /* the server chooses it: the one reply whose size is not known before */
+    check_reply(&x);
+    ssize_t rest = x.reply_size - sizeof *x.reply;
+    if (recv(fd, payload(x.reply), rest, MSG_WAITALL) != rest)
+        err(EXIT_FAILURE, "recv of the reply to VERSION");
+    exchange_free(&x);
+}
+
+static void set_state(int fd, uint32_t state)
+{
+    size_t size = sizeof(struct feature_state);
+    struct exchange x = exchange_new(DEVICE_FEATURE, size, size);
+    *(struct feature_state *)payload(x.request) =
+        (struct feature_state){.argsz = size, .flags = FEATURE_SET | MIG_DEVICE_STATE, .state = state};
+    call(fd, &x);
+    exchange_free(&x);
+}
+
+static void dma_map(int fd, size_t size)
+{
+    struct exchange x = exchange_new(DMA_MAP, sizeof(struct dma_map), 0);
+    *(struct dma_map *)payload(x.request) =
+        (struct dma_map){.argsz = sizeof(struct dma_map), .flags = DMA_READABLE | DMA_WRITABLE, .size = size};
+    call(fd, &x);
+    exchange_free(&x);
+}
+
+static void start_logging(int fd, size_t length)
+{
+    size_t size = sizeof(struct feature_start);
+    struct exchange x = exchange_new(DEVICE_FEATURE, size, size);
+    *(struct feature_start *)payload(x.request) = (struct feature_start){
+        .argsz = size,
+        .flags = FEATURE_SET | DMA_LOGGING_START,
+        .page_size = DIRTY_PAGE,
+        .num_ranges = 1,
+        .length = length,
+    };
+    call(fd, &x);
+    exchange_free(&x);
+}
+
+static void write_control(int fd, uint64_t offset, uint64_t value)
+{
+    struct exchange x = region_access(REGION_WRITE, CONTROL_REGION, offset, sizeof value);
+    memcpy(((struct region_access *)payload(x.request))->data, &value, sizeof value);
+    call(fd, &x);
+    exchange_free(&x);
+}
+
+static uint64_t read_control(int fd, uint64_t offset)
+{
+    uint64_t value;
+    struct exchange x = region_access(REGION_READ, CONTROL_REGION, offset, sizeof value);
+    call(fd, &x);
+    memcpy(&value, ((struct region_access *)payload(x.reply))->data, sizeof value);
+    exchange_free(&x);
+    return value;
+}
+
+/* ---- data that shows where it came from ---- */
+
+static void fill(uint8_t *data, size_t size, unsigned seed)
+{
+    for (size_t i = 0; i < size; i++)
+        data[i] = (i + seed) % 251;
+}
+
+static void expect(const uint8_t *data, size_t size, unsigned seed, const char *what)
+{
+    for (size_t i = 0; i < size; i++)
+        if (data[i] != (i + seed) % 251)
+            errx(EXIT_FAILURE, "%s: byte %zu of %zu is %u", what, i, size, data[i]);
+}
+
+/* ---- modes ---- */
+
+struct run {
+    int fd;
+    size_t size;
+    uint64_t exchanges;
+    struct exchange x;
+    struct exchange barrier; /* posted only */
+};
+
+static void region_read_prepare(struct run *run)
+{
+    struct exchange x = region_access(REGION_WRITE, MEMORY_REGION, 0, run->size);
+    fill(((struct region_access *)payload(x.request))->data, run->size, 7);
+    call(run->fd, &x);
+    exchange_free(&x);
+}
+
+static void region_read_build(struct run *run)
+{
+    run->x = region_access(REGION_READ, MEMORY_REGION, 0, run->size);
+}
+
+static void region_read_verify(struct run *run)
+{
+    expect(((struct region_access *)payload(run->x.reply))->data, run->size, 7, "REGION_READ");
+}
+
+static void region_write_build(struct run *run)
+{
+    run->x = region_access(REGION_WRITE, MEMORY_REGION, 0, run->size);
+    fill(((struct region_access *)payload(run->x.request))->data, run->size, 11);
+}
+
+static void region_write_verify(struct run *run)
+{
+    struct exchange x = region_access(REGION_READ, MEMORY_REGION, 0, run->size);
+    call(run->fd, &x);
+    expect(((struct region_access *)payload(x.reply))->data, run->size, 11, "REGION_WRITE");
+    exchange_free(&x);
+}
+
+static void mig_read_prepare(struct run *run)
+{
+    set_state(run->fd, STOP_COPY);
+}
+
+static void mig_read_build(struct run *run)
+{
+    run->x = mig_data(MIG_DATA_READ, run->size);
+}
+
+static void mig_read_verify(struct run *run)
+{
+    struct mig_data *data = payload(run->x.reply);
+    if (data->size != run->size)
+        errx(EXIT_FAILURE, "MIG_DATA_READ: %u bytes instead of %zu", data->size, run->size);
+    expect(data->data, run->size, 0, "MIG_DATA_READ");
+    set_state(run->fd, RUNNING);
+}
+
+static void mig_write_prepare(struct run *run)
+{
+    set_state(run->fd, RESUMING);
+}
+
+static void mig_write_build(struct run *run)
+{
+    run->x = mig_data(MIG_DATA_WRITE, run->size);
+    fill(((struct mig_data *)payload(run->x.request))->data, run->size, 13);
+}
+
+static void mig_write_verify(struct run *run)
+{
+    set_state(run->fd, RUNNING);
+    uint64_t written = read_control(run->fd, MIG_BYTES_WRITTEN);
+    if (written != run->exchanges * run->size)
+        errx(EXIT_FAILURE, "MIG_DATA_WRITE: %lu bytes arrived of %lu", written, run->exchanges * run->size);
+}
+
+static void report_prepare(struct run *run)
+{
+    dma_map(run->fd, run->size);
+    start_logging(run->fd, run->size);
+}
+
+static void report_build(struct run *run)
+{
+    run->x = report(run->size);
+}
+
+static void report_before(struct run *run)
+{
+    write_control(run->fd, DIRTY_ALL, run->size);
+}
+
+static void report_verify(struct run *run)
+{
+    const uint8_t *bitmap = ((struct feature_report *)payload(run->x.reply))->bitmap;
+    for (size_t i = 0; i < run->size / DIRTY_PAGE / 8; i++)
+        if (bitmap[i] != 0xff)
+            errx(EXIT_FAILURE, "DMA_LOGGING_REPORT: byte %zu is %#x", i, bitmap[i]);
+}
+
+static void posted_build(struct run *run)
+{
+    run->x = region_access(REGION_WRITE, MEMORY_REGION, 0, sizeof(uint32_t));
+    run->x.request->flags = NO_REPLY;
+    run->barrier = region_access(REGION_READ, MEMORY_REGION, 0, sizeof(uint32_t));
+}
+
+/* SIZE writes of a counter; the read behind them must find its last value. */
+static void posted_exchange(struct run *run)
+{
+    uint8_t *written = ((struct region_access *)payload(run->x.request))->data;
+    for (uint32_t i = 1; i <= run->size; i++) {
+        memcpy(written, &i, sizeof i);
+        send_request(run->fd, &run->x);
+    }
+    call(run->fd, &run->barrier);
+    if (memcmp(((struct region_access *)payload(run->barrier.reply))->data, written, sizeof(uint32_t)) != 0)
+        errx(EXIT_FAILURE, "posted writes: the last one is missing behind the barrier");
+}
+
+static void call_exchange(struct run *run)
+{
+    call(run->fd, &run->x);
+}
+
+static void raw_exchange(struct run *run)
+{
+    send_request(run->fd, &run->x);
+    receive_reply(run->fd, &run->x, true);
+}
+
+static void nothing(struct run *run)
+{
+    (void)run;
+}
+
+static const struct mode {
+    const char *name;
+    void (*prepare)(struct run *);  /* once, before the first exchange */
+    void (*build)(struct run *);    /* the messages to exchange */
+    void (*before)(struct run *);   /* before each exchange, outside its time */
+    void (*exchange)(struct run *); /* what is timed */
+    void (*verify)(struct run *);   /* once, after the last */
+} modes[] = {
+    {"region-read", region_read_prepare, region_read_build, nothing, call_exchange, region_read_verify},
+    {"region-write", nothing, region_write_build, nothing, call_exchange, region_write_verify},
+    {"mig-read", mig_read_prepare, mig_read_build, nothing, call_exchange, mig_read_verify},
+    {"mig-write", mig_write_prepare, mig_write_build, nothing, call_exchange, mig_write_verify},
+    {"report", report_prepare, report_build, report_before, call_exchange, report_verify},
+    {"posted", nothing, posted_build, nothing, posted_exchange, nothing},
+};
+
+/* ---- main ---- */
+
+static struct mode find_mode(const char *name, bool raw)
+{
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
+        if (strcmp(modes[i].name, name) == 0)
+            return raw ? (struct mode){name, nothing, modes[i].build, nothing, raw_exchange, nothing} : modes[i];
+    errx(2, "no such mode: %s", name);
+}
+
+/* The server was started a moment ago and may not listen yet. */
+static int connect_to(const char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path)
+        errx(EXIT_FAILURE, "%s: too long", path);
+    strcpy(address.sun_path, path);
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        err(EXIT_FAILURE, "socket");
+    uint64_t deadline = now() + CONNECT_SECONDS * UINT64_C(1000000000);
+    while (connect(fd, (struct sockaddr *)&address, sizeof address) < 0) {
+        if ((errno != ENOENT && errno != ECONNREFUSED) || now() > deadline)
+            err(EXIT_FAILURE, "connect %s", path);
+        usleep(5000);
+    }
+    struct timeval limit = {.tv_sec = REPLY_SECONDS};
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit) < 0 ||
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit) < 0)
+        err(EXIT_FAILURE, "setsockopt");
+    return fd;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static uint64_t measure(struct run *run, const struct mode *mode, size_t warmup, size_t count)
+{
+    uint64_t *times = allocate(count * sizeof *times);
+    for (size_t i = 0; i < warmup + count; i++) {
+        mode->before(run);
+        uint64_t start = now();
+        mode->exchange(run);
+        if (i >= warmup)
+            times[i - warmup] = now() - start;
+    }
+    run->exchanges = warmup + count;
+    qsort(times, count, sizeof *times, by_value);
+    uint64_t median = times[count / 2];
+    free(times);
+    return median;
+}
+
+int main(int argc, char **argv)
+{
+    bool raw = argc == 7 && strcmp(argv[6], "raw") == 0;
+    size_t count = argc >= 6 ? strtoull(argv[5], NULL, 0) : 0;
+    if (!raw && argc != 6)
+        errx(2, "usage: client SOCKET MODE SIZE WARMUP COUNT [raw]");
+    if (count == 0)
+        errx(2, "COUNT must be at least 1");
+
+    struct mode mode = find_mode(argv[2], raw);
+    struct run run = {.fd = connect_to(argv[1]), .size = strtoull(argv[3], NULL, 0)};
+    if (!raw)
+        negotiate(run.fd);
+    mode.prepare(&run);
+    mode.build(&run);
+    uint64_t median = measure(&run, &mode, strtoull(argv[4], NULL, 0), count);
+    mode.verify(&run);
+    bool posted = mode.exchange == posted_exchange;
+    printf("%.1f\n", (double)median / (posted ? run.size : 1));
+    exchange_free(&run.x);
+    exchange_free(&run.barrier);
+    if (close(run.fd) < 0)
+        err(EXIT_FAILURE, "close");
+    return EXIT_SUCCESS;
+}

@@ -1,0 +1,44 @@
+"""PCI-IDIO-16, the sample that both libvfio-user and the Rust crate ship: a digital input card of ACCES I/O.
+
+Not migratable: it shows how a device without migration refuses it.
+"""
+
+from __future__ import annotations
+
+from vfio_user.device import Bar, Device, state
+from vfio_user.server.backend import Irq
+from vfio_user.wire.constants import PCI_NUM_IRQS, MigrationFlags, PciIrq
+
+INPUTS = 0
+"""Offset of the input pins in BAR2."""
+
+
+class Gpio(Device):
+    """Every third read of the input pins gives 1 and raises the interrupt; all else reads 0."""
+
+    vendor_id, device_id, class_code = 0x494F, 0x0DC8, 0xFFFF00
+    bars = {2: Bar(0x100, io=True)}
+    intx = True
+    migration = MigrationFlags(0)
+    reads = state(0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        # As recorded from the Rust sample: one vector at each index, though only INTx is there to be used.
+        self.irqs = [Irq(1)] * PCI_NUM_IRQS
+        self.on_reset()
+
+    def on_reset(self) -> None:
+        """As recorded: I/O space enabled, interrupt line 1."""
+        self.config.set("command", 1)
+        self.config.set("interrupt_line", 1)
+
+    def bar_read(self, bar: int, offset: int, data: memoryview) -> None:
+        if offset != INPUTS:
+            data[:] = bytes(len(data))
+            return
+        self.reads += 1
+        third = self.reads % 3 == 0
+        data[:] = int(third).to_bytes(len(data), "little")
+        if third:
+            self.irq.fire(PciIrq.INTX)
