@@ -30,6 +30,10 @@ import os
 class VfioUserError(Exception):
     """The root of everything that this package raises on purpose."""
 
+    def __str__(self) -> str:
+        """The reason alone, where OSError would put its number in front."""
+        return str(getattr(self, "strerror", None) or super().__str__())
+
 
 class ProtocolError(VfioUserError):
     """The peer broke a rule of the protocol.

@@ -1,0 +1,1 @@
+"""The command ``vfio-user``: the only place that prints."""

@@ -1,0 +1,95 @@
+"""``info``, ``read`` and ``write``: a look at what is behind a socket."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from vfio_user.client import Client
+from vfio_user.tools.info import gather
+from vfio_user.tools.location import Location, parse_assignment
+
+timeout_option = click.option(
+    "--timeout", default=5.0, show_default=True, type=click.FloatRange(min=0.01), help="Seconds for each call."
+)
+socket_argument = click.argument("path", metavar="SOCKET", type=click.Path())
+
+
+def connect(path: str, timeout: float) -> Client:
+    """A client of the server at ``path``; what connect(2) refuses names it."""
+    try:
+        return Client.connect(path, timeout)
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = path
+        raise
+
+
+@click.command()
+@socket_argument
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@timeout_option
+def info(path: str, as_json: bool, timeout: float) -> None:
+    """Show what is behind SOCKET: version, regions, interrupts, PCI identity, migration."""
+    with connect(path, timeout) as client:
+        facts = gather(client)
+    click.echo(json.dumps(facts) if as_json else "\n".join(_describe(facts)))
+
+
+def _describe(facts: dict[str, Any]) -> list[str]:
+    lines = [f"version     {facts['version']}"]
+    lines += [f"limits      {', '.join(f'{k} {v}' for k, v in facts['capabilities'].items()) or 'defaults'}"]
+    lines += _describe_pci(facts["pci"])
+    lines.append(f"device      {' '.join(facts['device']['flags'])}")
+    for region in facts["regions"]:
+        if region["size"]:
+            lines.append(
+                f"region {region['index']}    {region['name']:<7}{region['size']:>#12x}  {' '.join(region['flags'])}"
+            )
+            lines += [f"              mmap {area['offset']:#x}+{area['size']:#x}" for area in region["mmap_areas"]]
+    for irq in facts["irqs"]:
+        if irq["count"]:
+            lines.append(f"irq {irq['index']}       {irq['name']:<7}{irq['count']:>12}  {' '.join(irq['flags'])}")
+    migration = facts["migration"]
+    if migration["supported"]:
+        logging = "DMA logging" if migration["dma_logging"] else "no DMA logging"
+        size = "" if migration["data_size"] is None else f", about {migration['data_size']} bytes of state"
+        lines.append(f"migration   {' '.join(migration['flags'])}, {migration['state']}, {logging}{size}")
+    else:
+        lines.append("migration   not supported")
+    return lines
+
+
+def _describe_pci(pci: dict[str, Any] | None) -> list[str]:
+    if pci is None:
+        return ["pci         no config space"]
+    lines = [f"pci         {pci['vendor_id']}:{pci['device_id']} class {pci['class_code']} revision {pci['revision']}"]
+    lines += [f"capability  [{cap['offset']:02x}] {cap['name']} (id {cap['id']:#04x})" for cap in pci["capabilities"]]
+    return lines
+
+
+@click.command()
+@socket_argument
+@click.argument("places", metavar="PLACE...", nargs=-1, required=True)
+@timeout_option
+def read(path: str, places: tuple[str, ...], timeout: float) -> None:
+    """Read registers: bar0+0x10:u32, config+0:u16, rom, or an index as region; u8 u16 u32 u64."""
+    locations = [Location.parse(place) for place in places]
+    with connect(path, timeout) as client:
+        for location in locations:
+            data = client.region_read(location.region, location.offset, location.width)
+            click.echo(f"{location} = {int.from_bytes(data, 'little'):#0{2 + 2 * location.width}x}")
+
+
+@click.command()
+@socket_argument
+@click.argument("assignments", metavar="PLACE=VALUE...", nargs=-1, required=True)
+@timeout_option
+def write(path: str, assignments: tuple[str, ...], timeout: float) -> None:
+    """Write registers: bar0+0x4:u32=0x1234."""
+    writes = [parse_assignment(text) for text in assignments]
+    with connect(path, timeout) as client:
+        for location, value in writes:
+            client.region_write(location.region, location.offset, value.to_bytes(location.width, "little"))

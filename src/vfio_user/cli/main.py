@@ -1,0 +1,81 @@
+"""The command's entry: which subcommands there are, and what its exit status means.
+
+0: done. 1: what was asked failed, and one line on stderr says why. 2: wrong usage.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+import click
+
+from vfio_user import __version__
+from vfio_user.errors import UsageError, VfioUserError
+
+COMMANDS = {
+    "demo": "vfio_user.cli.demo:demo",
+    "info": "vfio_user.cli.inspect:info",
+    "read": "vfio_user.cli.inspect:read",
+    "serve": "vfio_user.cli.serve:serve",
+    "write": "vfio_user.cli.inspect:write",
+}
+"""Where each subcommand is: loaded when it is used, so that none pays for what another needs."""
+
+_LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-v", "--verbose", count=True, help="Log more; twice: every refused command.")
+@click.version_option(__version__, prog_name="vfio-user")
+def cli(verbose: int) -> None:
+    """Serve, look at and migrate PCI devices that speak vfio-user."""
+    level = _LEVELS[min(verbose, len(_LEVELS) - 1)]
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
+def main() -> NoReturn:
+    """Run the command and exit with its status."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted")
+    except UsageError as error:
+        print(f"vfio-user: {error}", file=sys.stderr)
+        return 2
+    except (VfioUserError, OSError) as error:
+        return _fail(_describe(error))
+    return 0
+
+
+def _describe(error: Exception) -> str:
+    """One line. What the operating system refused names the file that it was about."""
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, VfioUserError):
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def _fail(reason: str) -> int:
+    print(f"vfio-user: {reason}", file=sys.stderr)
+    return 1
