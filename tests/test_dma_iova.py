@@ -124,6 +124,15 @@ def test_lookup_among_many_is_a_binary_search() -> None:
     assert 0 < Counted.comparisons <= 2 * 17
 
 
+def test_neighbours_do_not_overlap() -> None:
+    table: IovaTable[str] = IovaTable()
+    for address in (8, 0, 4):
+        table.add(address, 4, str(address))
+    assert list(table.overlapping(4, 4)) == [(4, 4, "4")]
+    assert list(table.overlapping(3, 2)) == [(0, 4, "0"), (4, 4, "4")]
+    assert list(table.overlapping(5, 0)) == []
+
+
 def test_errors_name_the_ranges() -> None:
     table: IovaTable[None] = IovaTable()
     table.add(0x1000, 0x1000, None)

@@ -244,6 +244,17 @@ def test_descriptors_that_are_no_memory(memory: GuestMemory) -> None:
     assert len(memory) == 0
 
 
+@pytest.mark.parametrize("size", [(1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_more_than_a_device_can_map(memory: GuestMemory, size: int) -> None:
+    refused(errno.EINVAL, memory.map, 0, size, RW, OwnedFd(os.open("/dev/zero", os.O_RDWR)))
+
+
+def test_a_device_as_memory(memory: GuestMemory) -> None:
+    memory.map(0, PAGE, RW, OwnedFd(os.open("/dev/zero", os.O_RDWR)))
+    memory.write(5, b"x")
+    assert memory.read(4, 3) == b"\0x\0"
+
+
 def test_descriptor_without_write_permission(memory: GuestMemory, tmp_path: Path) -> None:
     path = tmp_path / "memory"
     path.write_bytes(bytes(PAGE))

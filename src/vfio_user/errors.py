@@ -74,7 +74,10 @@ class CommandError(VfioUserError, OSError):
 
 
 class CallTimeoutError(VfioUserError, TimeoutError):
-    """A call was not answered within its timeout. The connection is closed: its stream has no known state."""
+    """A call was not answered within its timeout.
+
+    An answer that comes later is dropped, and the connection lives; it is closed where a message was sent in part.
+    """
 
 
 class ConnectionClosedError(VfioUserError, ConnectionError):

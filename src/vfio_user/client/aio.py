@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
-from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request
+from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request, allocate
 from vfio_user.client.regions import IoFdDescription, RegionDescription
 from vfio_user.errors import CallTimeoutError, ConnectionClosedError, FramingError, UnexpectedReplyError, UsageError
 from vfio_user.protocol import Connection, Message, Outgoing
@@ -21,6 +21,7 @@ from vfio_user.wire.commands import Role
 from vfio_user.wire.constants import DeviceState, DmaFlags, MigrationFlags
 
 T = TypeVar("T")
+Incoming = tuple[Message, Connection, Channel]
 
 READ_WRITE = DmaFlags.READ | DmaFlags.WRITE
 
@@ -42,7 +43,11 @@ class Client:
     ) -> None:
         """Take a connected socket; :meth:`start` negotiates over it."""
         self.timeout = timeout
-        self._core = ClientCore(proposal, max_write=max_write)
+        try:
+            self._core = ClientCore(proposal, max_write=max_write)
+        except BaseException:
+            sock.close()
+            raise
         self._channel = Channel(sock, self._core.connection.framer)
         self._links = [(self._core.connection, self._channel)]
         self._lock = asyncio.Lock()
@@ -71,9 +76,8 @@ class Client:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
-            async with asyncio.timeout(timeout):
-                await asyncio.get_running_loop().sock_connect(sock, os.fspath(path))
-        except (TimeoutError, BlockingIOError) as error:
+            sock.connect(os.fspath(path))  # to a UNIX socket: done at once, or refused
+        except BlockingIOError as error:
             sock.close()
             raise CallTimeoutError(f"{os.fspath(path)}: nobody accepts the connection") from error
         except BaseException:
@@ -84,8 +88,18 @@ class Client:
         return client
 
     def close(self) -> None:
-        """Leave. The server forgets the memory and the interrupts that this client gave it."""
+        """Leave. The server forgets the memory and the interrupts that this client gave it.
+
+        A call of another task that is under way ends with ConnectionClosedError, and lets go of the sockets then.
+        """
         self._closed = True
+        if not self._lock.locked():
+            self._release()
+            return
+        for _, channel in self._links:
+            channel.stop_receiving()
+
+    def _release(self) -> None:
         for _, channel in self._links:
             channel.close()
         self._core.close()
@@ -137,7 +151,7 @@ class Client:
 
     async def region_read(self, region: int, offset: int, count: int) -> bytes:
         """``count`` bytes from ``offset`` of a region, in as many reads as the server's limit asks for."""
-        buffer = bytearray(count)
+        buffer = allocate(count)
         await self._run(self._core.region_read_into(region, offset, memoryview(buffer)))
         return bytes(buffer)
 
@@ -214,7 +228,7 @@ class Client:
 
     async def migration_read_data(self, size: int) -> bytes:
         """Up to ``size`` bytes of the migration stream; fewer: it ends, or has nothing more for now, here."""
-        buffer = bytearray(size)
+        buffer = allocate(size)
         count = await self._run(self._core.migration_read_data_into(memoryview(buffer)))
         return bytes(memoryview(buffer)[:count])
 
@@ -247,18 +261,25 @@ class Client:
 
     async def serve_dma(self, timeout: float = 0.0) -> int:
         """Answer the server's DMA requests while no call is under way; how many came within ``timeout`` seconds."""
-        answered = 0
-        deadline = _now() + timeout
-        async with self._lock:
+        async with self._exclusive():
+            deadline = _now() + timeout
+            answered = await self._answer_waiting(deadline + self.timeout)
             while True:
-                for connection, channel in self._links:
-                    while (message := channel.framer.next_message()) is not None:
-                        await self._take(message, connection, channel, {}, deadline + self.timeout)
-                        answered += 1
                 try:
                     await self._receive_any(deadline)
                 except CallTimeoutError:
                     return answered
+                answered += await self._answer_waiting(deadline + self.timeout)
+                if _now() >= deadline:
+                    return answered
+
+    async def _answer_waiting(self, deadline: float) -> int:
+        """Answer what has come already; how many messages that were."""
+        answered = 0
+        while (incoming := self._next_message()) is not None:
+            await self._take(incoming, {}, deadline)
+            answered += 1
+        return answered
 
     def _adopt_twin_socket(self) -> None:
         if self._core.twin_socket is None:
@@ -267,25 +288,39 @@ class Client:
         connection.negotiated = True
         self._links.append((connection, Channel(self._core.twin_socket, connection.framer)))
 
-    async def _run(self, call: Call[T]) -> T:
-        """Drive a call: send what it asks for, hand it the replies, until it returns."""
+    @contextlib.asynccontextmanager
+    async def _exclusive(self) -> AsyncIterator[None]:
+        """One call at a time; after one that lost the stream there is no other."""
         async with self._lock:
             if self._closed:
                 raise ConnectionClosedError("this client was closed")
+            try:
+                yield
+            except (ConnectionClosedError, FramingError, UnexpectedReplyError):
+                self._closed = True
+                raise
+            finally:
+                if self._closed:
+                    self._release()
+
+    async def _run(self, call: Call[T]) -> T:
+        """Drive a call: send what it asks for, hand it the replies, until it returns."""
+        async with self._exclusive():
             deadline = _now() + self.timeout
             replies: list[Message] = []
             try:
                 requests = next(call)
                 while True:
-                    replies = await self._transact(requests, deadline)
-                    requests = call.send(replies)
-                    _close(replies)
+                    try:
+                        replies = await self._transact(requests, deadline)
+                    except BaseException as error:
+                        requests = call.throw(error)
+                    else:
+                        requests = call.send(replies)
+                        _close(replies)
             except StopIteration as stop:
                 result: T = stop.value
                 return result
-            except (ConnectionClosedError, FramingError, UnexpectedReplyError):
-                self.close()
-                raise
             finally:
                 _close(replies)
 
@@ -307,7 +342,7 @@ class Client:
                 )
                 if not request.posted:
                     awaited[msg_id] = None
-                await self._send(outgoing, deadline)
+                await self._send(self._channel, outgoing, deadline)
             await self._await(awaited, deadline, keep=len(awaited) > 1)
         except BaseException:
             for msg_id, message in awaited.items():
@@ -317,13 +352,13 @@ class Client:
             raise
         return [message for message in awaited.values() if message is not None]
 
-    async def _send(self, outgoing: Outgoing, deadline: float) -> None:
+    async def _send(self, channel: Channel, outgoing: Outgoing, deadline: float) -> None:
         try:
-            await self._channel.send(outgoing, deadline)
+            await channel.send(outgoing, deadline)
         except (CallTimeoutError, asyncio.CancelledError):
-            self.close()  # a part of the message is out: nothing else can follow it
+            self._closed = True  # a part of the message is out: nothing else can follow it
             raise
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             if isinstance(error, ConnectionClosedError):
                 raise
             raise UsageError(f"the message cannot be sent: {error}") from error
@@ -331,48 +366,57 @@ class Client:
     async def _await(self, awaited: dict[int, Message | None], deadline: float, *, keep: bool) -> None:
         left = len(awaited)
         while left:
-            for connection, channel in self._links:
-                while left and (message := channel.framer.next_message()) is not None:
-                    left -= await self._take(message, connection, channel, awaited, deadline, keep)
-            if left:
+            incoming = self._next_message()
+            if incoming is None:
                 await self._receive_any(deadline)
+            else:
+                left -= await self._take(incoming, awaited, deadline, keep)
+            if left and _now() >= deadline:
+                raise CallTimeoutError("not answered in time, though the server keeps sending")
+
+    def _next_message(self) -> Incoming | None:
+        """The next whole message on any socket, of those that were received."""
+        for connection, channel in self._links:
+            message = channel.framer.next_message()
+            if message is not None:
+                return message, connection, channel
+        return None
 
     async def _take(
-        self,
-        message: Message,
-        connection: Connection,
-        channel: Channel,
-        awaited: dict[int, Message | None],
-        deadline: float,
-        keep: bool = False,
+        self, incoming: Incoming, awaited: dict[int, Message | None], deadline: float, keep: bool = False
     ) -> int:
         """Answer a command of the server's, or put a reply where it is awaited: 1 if that was one."""
-        if _now() >= deadline:
-            message.close()
-            raise CallTimeoutError("not answered in time, though the server keeps sending")
+        message, connection, channel = incoming
         if message.is_reply:
-            try:
-                wanted = connection.check(message)
-            except BaseException:
-                message.close()
-                raise
-            if not wanted or message.msg_id not in awaited:
-                message.close()
-                return 0
-            if keep:
-                message.payload = memoryview(bytes(message.payload))
-            awaited[message.msg_id] = message
-            self._core.accept(message)
-            return 1
+            return self._take_reply(message, connection, awaited, keep)
         reply = self._core.answer_command(message, connection)
         if reply is not None:
-            await channel.send(reply, deadline)
+            await self._send(channel, reply, deadline)
         return 0
+
+    def _take_reply(
+        self, message: Message, connection: Connection, awaited: dict[int, Message | None], keep: bool
+    ) -> int:
+        try:
+            wanted = connection.check(message)
+        except BaseException:
+            message.close()
+            raise
+        if not wanted:
+            message.close()
+            return 0
+        if keep:
+            message.payload = memoryview(bytes(message.payload))
+        awaited[message.msg_id] = message
+        self._core.accept(message)
+        return 1
 
     async def _receive_any(self, deadline: float) -> None:
         """Receive from whichever socket has something. Raises CallTimeoutError at ``deadline``."""
         channels = [channel for _, channel in self._links]
-        if not _receive_ready(channels):
+        if _receive_ready(channels):
+            await asyncio.sleep(0)  # a server that always has something to say must not stop the other tasks
+        else:
             await wait_ready(channels, deadline)
             _receive_ready(channels)
 

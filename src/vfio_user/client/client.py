@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
-from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request
+from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request, allocate
 from vfio_user.client.regions import IoFdDescription, RegionDescription
 from vfio_user.errors import CallTimeoutError, ConnectionClosedError, FramingError, UnexpectedReplyError, UsageError
 from vfio_user.protocol import Connection, Message, Outgoing
@@ -22,6 +23,7 @@ from vfio_user.wire.commands import Role
 from vfio_user.wire.constants import DeviceState, DmaFlags, MigrationFlags
 
 T = TypeVar("T")
+Incoming = tuple[Message, Connection, Channel]
 
 READ_WRITE = DmaFlags.READ | DmaFlags.WRITE
 
@@ -49,10 +51,14 @@ class Client:
     ) -> None:
         """Negotiate over a connected socket, which is the client's from here on, and ask what the device is."""
         self.timeout = timeout
-        self._core = ClientCore(proposal, max_write=max_write)
+        try:
+            self._core = ClientCore(proposal, max_write=max_write)
+        except BaseException:
+            sock.close()
+            raise
         self._channel = Channel(sock, self._core.connection.framer)
         self._links = [(self._core.connection, self._channel)]
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close in mid-call
         self._closed = False
         try:
             self._run(self._core.negotiate())
@@ -90,8 +96,17 @@ class Client:
         return cls(sock, timeout, proposal=proposal, max_write=max_write)
 
     def close(self) -> None:
-        """Leave. The server forgets the memory and the interrupts that this client gave it."""
+        """Leave. The server forgets the memory and the interrupts that this client gave it.
+
+        A call of another thread that is under way ends with ConnectionClosedError.
+        """
         self._closed = True
+        for _, channel in self._links:
+            channel.stop_receiving()
+        with self._lock:
+            self._release()
+
+    def _release(self) -> None:
         for _, channel in self._links:
             channel.close()
         self._core.close()
@@ -143,7 +158,7 @@ class Client:
 
     def region_read(self, region: int, offset: int, count: int) -> bytes:
         """``count`` bytes from ``offset`` of a region, in as many reads as the server's limit asks for."""
-        buffer = bytearray(count)
+        buffer = allocate(count)
         self._run(self._core.region_read_into(region, offset, memoryview(buffer)))
         return bytes(buffer)
 
@@ -220,7 +235,7 @@ class Client:
 
     def migration_read_data(self, size: int) -> bytes:
         """Up to ``size`` bytes of the migration stream; fewer: it ends, or has nothing more for now, here."""
-        buffer = bytearray(size)
+        buffer = allocate(size)
         count = self._run(self._core.migration_read_data_into(memoryview(buffer)))
         return bytes(memoryview(buffer)[:count])
 
@@ -253,18 +268,25 @@ class Client:
 
     def serve_dma(self, timeout: float = 0.0) -> int:
         """Answer the server's DMA requests while no call is under way; how many came within ``timeout`` seconds."""
-        answered = 0
-        deadline = time.monotonic() + timeout
-        with self._lock:
+        with self._exclusive():
+            deadline = time.monotonic() + timeout
+            answered = self._answer_waiting(deadline + self.timeout)
             while True:
-                for connection, channel in self._links:
-                    while (message := channel.framer.next_message()) is not None:
-                        self._take(message, connection, channel, {}, deadline + self.timeout)
-                        answered += 1
                 try:
                     self._receive_any(deadline)
                 except CallTimeoutError:
                     return answered
+                answered += self._answer_waiting(deadline + self.timeout)
+                if time.monotonic() >= deadline:
+                    return answered
+
+    def _answer_waiting(self, deadline: float) -> int:
+        """Answer what has come already; how many messages that were."""
+        answered = 0
+        while (incoming := self._next_message()) is not None:
+            self._take(incoming, {}, deadline)
+            answered += 1
+        return answered
 
     def _adopt_twin_socket(self) -> None:
         if self._core.twin_socket is None:
@@ -273,25 +295,39 @@ class Client:
         connection.negotiated = True
         self._links.append((connection, Channel(self._core.twin_socket, connection.framer)))
 
-    def _run(self, call: Call[T]) -> T:
-        """Drive a call: send what it asks for, hand it the replies, until it returns."""
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One call at a time; after one that lost the stream there is no other."""
         with self._lock:
             if self._closed:
                 raise ConnectionClosedError("this client was closed")
+            try:
+                yield
+            except (ConnectionClosedError, FramingError, UnexpectedReplyError):
+                self._closed = True
+                raise
+            finally:
+                if self._closed:
+                    self._release()
+
+    def _run(self, call: Call[T]) -> T:
+        """Drive a call: send what it asks for, hand it the replies, until it returns."""
+        with self._exclusive():
             deadline = time.monotonic() + self.timeout
             replies: list[Message] = []
             try:
                 requests = next(call)
                 while True:
-                    replies = self._transact(requests, deadline)
-                    requests = call.send(replies)
-                    _close(replies)
+                    try:
+                        replies = self._transact(requests, deadline)
+                    except BaseException as error:
+                        requests = call.throw(error)
+                    else:
+                        requests = call.send(replies)
+                        _close(replies)
             except StopIteration as stop:
                 result: T = stop.value
                 return result
-            except (ConnectionClosedError, FramingError, UnexpectedReplyError):
-                self.close()
-                raise
             finally:
                 _close(replies)
 
@@ -313,7 +349,7 @@ class Client:
                 )
                 if not request.posted:
                     awaited[msg_id] = None
-                self._send(outgoing, deadline)
+                self._send(self._channel, outgoing, deadline)
             self._await(awaited, deadline, keep=len(awaited) > 1)
         except BaseException:
             for msg_id, message in awaited.items():
@@ -323,13 +359,13 @@ class Client:
             raise
         return [message for message in awaited.values() if message is not None]
 
-    def _send(self, outgoing: Outgoing, deadline: float) -> None:
+    def _send(self, channel: Channel, outgoing: Outgoing, deadline: float) -> None:
         try:
-            self._channel.send(outgoing, deadline)
+            channel.send(outgoing, deadline)
         except CallTimeoutError:
-            self.close()  # a part of the message is out: nothing else can follow it
+            self._closed = True  # a part of the message is out: nothing else can follow it
             raise
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             if isinstance(error, ConnectionClosedError):
                 raise
             raise UsageError(f"the message cannot be sent: {error}") from error
@@ -337,43 +373,48 @@ class Client:
     def _await(self, awaited: dict[int, Message | None], deadline: float, *, keep: bool) -> None:
         left = len(awaited)
         while left:
-            for connection, channel in self._links:
-                while left and (message := channel.framer.next_message()) is not None:
-                    left -= self._take(message, connection, channel, awaited, deadline, keep)
-            if left:
+            incoming = self._next_message()
+            if incoming is None:
                 self._receive_any(deadline)
+            else:
+                left -= self._take(incoming, awaited, deadline, keep)
+            if left and time.monotonic() >= deadline:
+                raise CallTimeoutError("not answered in time, though the server keeps sending")
 
-    def _take(
-        self,
-        message: Message,
-        connection: Connection,
-        channel: Channel,
-        awaited: dict[int, Message | None],
-        deadline: float,
-        keep: bool = False,
-    ) -> int:
+    def _next_message(self) -> Incoming | None:
+        """The next whole message on any socket, of those that were received."""
+        for connection, channel in self._links:
+            message = channel.framer.next_message()
+            if message is not None:
+                return message, connection, channel
+        return None
+
+    def _take(self, incoming: Incoming, awaited: dict[int, Message | None], deadline: float, keep: bool = False) -> int:
         """Answer a command of the server's, or put a reply where it is awaited: 1 if that was one."""
-        if time.monotonic() >= deadline:
-            message.close()
-            raise CallTimeoutError("not answered in time, though the server keeps sending")
+        message, connection, channel = incoming
         if message.is_reply:
-            try:
-                wanted = connection.check(message)
-            except BaseException:
-                message.close()
-                raise
-            if not wanted or message.msg_id not in awaited:
-                message.close()
-                return 0
-            if keep:
-                message.payload = memoryview(bytes(message.payload))
-            awaited[message.msg_id] = message
-            self._core.accept(message)
-            return 1
+            return self._take_reply(message, connection, awaited, keep)
         reply = self._core.answer_command(message, connection)
         if reply is not None:
-            channel.send(reply, deadline)
+            self._send(channel, reply, deadline)
         return 0
+
+    def _take_reply(
+        self, message: Message, connection: Connection, awaited: dict[int, Message | None], keep: bool
+    ) -> int:
+        try:
+            wanted = connection.check(message)
+        except BaseException:
+            message.close()
+            raise
+        if not wanted:
+            message.close()
+            return 0
+        if keep:
+            message.payload = memoryview(bytes(message.payload))
+        awaited[message.msg_id] = message
+        self._core.accept(message)
+        return 1
 
     def _receive_any(self, deadline: float) -> None:
         """Receive from whichever socket has something. Raises CallTimeoutError at ``deadline``."""

@@ -10,9 +10,7 @@ here. What a server may make a client allocate is bounded by what was asked.
 from __future__ import annotations
 
 import errno
-import os
 import socket
-import stat
 from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -30,7 +28,7 @@ from vfio_user.wire.capabilities import (
     pack_capabilities,
     parse_capabilities,
 )
-from vfio_user.wire.commands import Role, command_name
+from vfio_user.wire.commands import COMMANDS, Role, Tail, command_name
 from vfio_user.wire.constants import (
     DEFAULT_DATA_XFER_SIZE,
     DEFAULT_DMA_MAPS,
@@ -64,6 +62,7 @@ WINDOW = 64
 """Commands that are sent before their replies are read: a server whose replies nobody reads would stop."""
 ANSWER_ROOM = 32
 """Spaces behind the proposal: a server's answer may not be longer, and names the twin socket's fd besides."""
+MAX_ERRNO = 4095
 _MARGIN = 64
 
 PROPOSAL = Capabilities(
@@ -96,13 +95,24 @@ def _one(request: Request) -> Call[Message]:
     return replies[0]
 
 
+def allocate(count: int) -> bytearray:
+    """Room for ``count`` bytes that were asked for. Raises UsageError where there cannot be any."""
+    try:
+        return bytearray(count)
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise UsageError(f"{count} bytes cannot be read at once") from error
+
+
 class ClientCore:
     """The client's side of one connection: what was negotiated, what the device is, and the calls."""
 
     def __init__(self, proposal: Capabilities = PROPOSAL, *, max_write: int | None = None) -> None:
+        if max_write is not None and max_write < 1:
+            raise UsageError(f"max_write {max_write}: at least one byte")
         self._proposal = proposal
         self._max_write = max_write
-        self.connection = Connection(Role.CLIENT, proposal.data_xfer_size + HEADER_SIZE + _MARGIN)
+        longest = max(proposal.data_xfer_size, MAX_INFO_ARGSZ)
+        self.connection = Connection(Role.CLIENT, longest + HEADER_SIZE + _MARGIN)
         self.twin_socket: socket.socket | None = None
         self.memory = RegisteredMemory()
         self.version = (VERSION_MAJOR, VERSION_MINOR)
@@ -114,11 +124,18 @@ class ClientCore:
     # Replies
 
     def accept(self, message: Message) -> None:
-        """Raise CommandError when a reply carries an error, whatever its payload is."""
+        """Raise CommandError when a reply carries an error, whatever its payload is; MessageError for a wrong size."""
         if message.is_error:
-            message.close()
-            known = 0 < message.error <= 4095
+            known = 0 < message.error <= MAX_ERRNO
             raise CommandError(message.error if known else errno.EINVAL, command_name(message.command))
+        row = COMMANDS[message.command]
+        least, came = row.reply.LAYOUT.size, len(message.payload)
+        if came < least or (came > least and row.reply_tail is Tail.NONE):
+            raise MessageError(f"{row.command.name} answered with {came} bytes instead of {least}")
+        if len(message.fds) > row.reply_fds:
+            raise MessageError(
+                f"{row.command.name} answers with {row.reply_fds} file descriptors at most, {len(message.fds)} came"
+            )
 
     def close(self) -> None:
         self.connection.close()
@@ -150,10 +167,7 @@ class ClientCore:
         index = twin.fd_index if isinstance(twin.fd_index, int) else 0
         if index >= len(reply.fds):
             raise NegotiationError(f"a twin socket at fd {index}, {len(reply.fds)} came")
-        fd = reply.fds[index]
-        if not stat.S_ISSOCK(os.fstat(fd.fileno()).st_mode):
-            raise NegotiationError("the twin socket is no socket")
-        self.twin_socket = socket.socket(fileno=fd.take())
+        self.twin_socket = _stream_socket(reply.fds[index])
 
     def discover(self) -> Call[None]:
         """Ask for all there is to know of the device: its regions and interrupts."""
@@ -186,13 +200,11 @@ class ClientCore:
                 fds += reply.fds
                 reply.fds = []
                 info = m.RegionInfo.parse(reply.payload)
-                if info.index != index:
-                    raise MessageError(f"asked for region {index}, the answer is about {info.index}")
+                _check_index(reply, info.index, index)
                 if info.argsz <= argsz:
                     break
-                if info.argsz > MAX_INFO_ARGSZ:
-                    raise MessageError(f"region {index}: an info of {info.argsz} bytes, at most {MAX_INFO_ARGSZ}")
-                argsz = info.argsz
+                argsz = _more_room(reply, info.argsz, first=argsz == m.RegionInfo.LAYOUT.size)
+            _check_room(reply, argsz)
             areas = self._sparse_areas(info, reply.payload)
         except BaseException:
             close_all(fds)
@@ -217,31 +229,25 @@ class ClientCore:
     def get_irq_info(self, index: int) -> Call[m.IrqInfo]:
         request = m.IrqInfo(m.IrqInfo.LAYOUT.size, 0, index)
         reply = yield from _one(Request(Command.DEVICE_GET_IRQ_INFO, (request.pack(),)))
-        return m.IrqInfo.parse(reply.payload)
+        info = m.IrqInfo.parse(reply.payload)
+        _check_index(reply, info.index, index)
+        return info
 
     def region_io_fds(self, index: int) -> Call[tuple[IoFdDescription, ...]]:
         """Entries may be 48 bytes (libvfio-user) or 40 (the specification): their stride is what ``argsz`` says."""
-        base = m.RegionIoFds.LAYOUT.size
-        argsz = base
+        base = argsz = m.RegionIoFds.LAYOUT.size
         while True:
             request = m.RegionIoFds(argsz, 0, index, 0)
             reply = yield from _one(Request(Command.DEVICE_GET_REGION_IO_FDS, (request.pack(),)))
             answer = m.RegionIoFds.parse(reply.payload)
+            _check_index(reply, answer.index, index)
             if answer.argsz <= argsz:
                 break
-            if answer.argsz > MAX_INFO_ARGSZ:
-                raise MessageError(f"region {index}: I/O fds of {answer.argsz} bytes, at most {MAX_INFO_ARGSZ}")
-            argsz = answer.argsz
-        if not answer.count:
-            return ()
-        stride, rest = divmod(answer.argsz - base, answer.count)
-        if rest or stride not in (m.IoFd.SHORT_SIZE, m.IoFd.LAYOUT.size):
-            raise MessageError(f"{answer.count} I/O fds in {answer.argsz - base} bytes")
-        if base + answer.count * stride > len(reply.payload):
-            raise MessageError(f"{answer.count} I/O fds announced, {len(reply.payload)} bytes came")
-        parse = m.IoFd.parse if stride == m.IoFd.LAYOUT.size else m.IoFd.parse_short
-        entries = [parse(reply.payload, base + i * stride) for i in range(answer.count)]
-        return tuple(_describe_io_fd(entry, reply.fds) for entry in entries)
+            argsz = _more_room(reply, answer.argsz, first=argsz == base)
+        _check_room(reply, argsz)
+        entries = _io_fd_entries(answer, reply.payload)
+        kinds = [_check_io_fd(entry, len(reply.fds)) for entry in entries]
+        return tuple(_describe_io_fd(kind, entry, reply.fds) for kind, entry in zip(kinds, entries, strict=True))
 
     # Regions
 
@@ -256,13 +262,12 @@ class ClientCore:
             buffer[start : start + size] = data
 
     def region_write(self, region: int, offset: int, data: memoryview, posted: bool) -> Call[None]:
-        yield from self._write_each(
-            (
-                (region, offset + start, data[start : start + size])
-                for start, size in self._chunks(len(data), self._write_limit)
-            ),
-            posted,
-        )
+        yield from self._write_each(self._pieces(region, offset, data), posted)
+
+    def _pieces(self, region: int, offset: int, data: memoryview) -> Iterable[tuple[int, int, memoryview]]:
+        """A write as the writes that the server takes."""
+        for start, size in self._chunks(len(data), self._write_limit):
+            yield region, offset + start, data[start : start + size]
 
     def _write_each(self, writes: Iterable[tuple[int, int, memoryview]], posted: bool) -> Call[None]:
         """One REGION_WRITE each, pipelined."""
@@ -280,11 +285,12 @@ class ClientCore:
     def region_write_multi(self, writes: Sequence[tuple[int, int, m.Buffer]]) -> Call[None]:
         """By REGION_WRITE_MULTI where the server has it and no write is longer than 8 bytes."""
         views = [(region, offset, memoryview(data).cast("B")) for region, offset, data in writes]
-        if self.capabilities.write_multiple is not True or any(len(data) > 8 for _, _, data in views):
-            yield from self._write_each(views, False)
+        pieces = [piece for view in views for piece in self._pieces(*view)]
+        if self.capabilities.write_multiple is not True or any(len(data) > 8 for _, _, data in pieces):
+            yield from self._write_each(pieces, False)
             return
-        for start in range(0, len(views), MAX_MULTI):
-            part = views[start : start + MAX_MULTI]
+        for start, size in self._chunks(len(pieces), self._multi_limit):
+            part = pieces[start : start + size]
             entries = [m.WriteMultiEntry(o, r, len(data), bytes(data)).pack() for r, o, data in part]
             head = m.WriteMulti(len(part)).pack()
             reply = yield from _one(Request(Command.REGION_WRITE_MULTI, (head, *entries)))
@@ -301,6 +307,10 @@ class ClientCore:
         most = min(self.capabilities.data_xfer_size, 1 << 30)
         return most if self._max_write is None else min(most, self._max_write)
 
+    @property
+    def _multi_limit(self) -> int:
+        return max(1, min(MAX_MULTI, self._write_limit // m.WriteMultiEntry.LAYOUT.size))
+
     @staticmethod
     def _chunks(size: int, most: int) -> Iterable[tuple[int, int]]:
         return ((start, min(most, size - start)) for start in range(0, size, most))
@@ -312,10 +322,26 @@ class ClientCore:
     ) -> Call[None]:
         if memory is not None and len(memory) < size:
             raise UsageError(f"memory of {len(memory)} bytes for a DMA region of {size}")
+        if memory is not None and memory.readonly and flags & DmaFlags.WRITE:
+            raise UsageError("memory that cannot be written for a DMA region that can")
         request = m.DmaMap(m.DmaMap.LAYOUT.size, flags, offset, address, size)
-        yield from _one(Request(Command.DMA_MAP, (request.pack(),), () if fd is None else (fd,)))
-        access = flags & (DmaFlags.READ | DmaFlags.WRITE)
-        self.memory.add(address, size, access, memory=memory, fd=fd, offset=offset)
+        backing = None if fd is None or memory is not None else _duplicate(fd)
+        try:
+            yield from _one(Request(Command.DMA_MAP, (request.pack(),), () if fd is None else (fd,)))
+            access = flags & (DmaFlags.READ | DmaFlags.WRITE)
+            self._register(address, size, access, memory, backing, offset)
+        except BaseException:
+            if backing is not None:
+                backing.close()
+            raise
+
+    def _register(
+        self, address: int, size: int, access: int, memory: memoryview | None, fd: OwnedFd | None, offset: int
+    ) -> None:
+        try:
+            self.memory.add(address, size, access, memory=memory, fd=fd, offset=offset)
+        except OSError as error:
+            raise MessageError(f"the server took a DMA region that it must refuse: {error}") from error
 
     def dma_unmap(self, address: int, size: int, page_size: int | None) -> Call[bytes]:
         """With a ``page_size`` the dirty bitmap comes back, as DMA logging's report would give it."""
@@ -347,9 +373,10 @@ class ClientCore:
         self, index: int, flags: int, start: int, count: int, fds: Sequence[int], data: m.Buffer
     ) -> Call[None]:
         """Eventfds go in as many messages as the server's max_msg_fds asks for."""
+        data = memoryview(data).cast("B")
         most = max(1, min(self.capabilities.msg_fds, MAX_MSG_FDS))
         size = m.IrqSet.LAYOUT.size + len(data)
-        if len(fds) > most and count == len(fds):
+        if len(fds) > most and count == len(fds) and not data:
             for first in range(0, count, most):
                 part = fds[first : first + most]
                 request = m.IrqSet(size, flags, index, start + first, len(part))
@@ -365,11 +392,14 @@ class ClientCore:
 
     def device_feature(self, flags: int, data: m.Buffer, reply_size: int | None = None) -> Call[memoryview]:
         """``reply_size``: most bytes of data that the reply may have; the view is valid until the next call."""
+        data = memoryview(data).cast("B")
         size = m.Feature.LAYOUT.size
         room = self._proposal.data_xfer_size if reply_size is None else reply_size
         self.connection.framer.reserve(HEADER_SIZE + size + room)
-        request = m.Feature(size + max(len(data), room), flags).pack()
+        argsz = size + max(len(data), room)
+        request = m.Feature(argsz, flags).pack()
         reply = yield from _one(Request(Command.DEVICE_FEATURE, (request, data)))
+        _check_room(reply, argsz)
         answer = m.Feature.parse(reply.payload)
         if answer.flags != flags:
             raise MessageError(f"DEVICE_FEATURE {flags:#x} answered as {answer.flags:#x}")
@@ -416,7 +446,7 @@ class ClientCore:
             reply = yield from _one(Request(Command.MIG_DATA_READ, (request,)))
             count = m.MigData.parse(reply.payload).size
             data = reply.payload[m.MigData.LAYOUT.size :]
-            if count > size or count > len(data):
+            if count > size or not count <= len(data) <= size:
                 raise MessageError(f"asked for {size} bytes, {count} announced, {len(data)} came")
             buffer[start : start + count] = data[:count]
             done = start + count
@@ -496,6 +526,44 @@ def _bitmap_size(length: int, page_size: int) -> int:
     return size
 
 
+def _stream_socket(fd: OwnedFd) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd.fileno())
+    except OSError as error:
+        raise NegotiationError(f"the twin socket is no socket: {error.strerror}") from error
+    fd.take()
+    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        sock.close()
+        raise NegotiationError(f"the twin socket is of {sock.family!r}, {sock.type!r}")
+    return sock
+
+
+def _duplicate(fd: int) -> OwnedFd:
+    try:
+        return OwnedFd.duplicate(fd)
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"fd {fd}: {error}") from error
+
+
+def _check_index(reply: Message, index: int, asked: int) -> None:
+    if index != asked:
+        raise MessageError(f"{command_name(reply.command)} of index {asked} answered for {index}")
+
+
+def _more_room(reply: Message, argsz: int, *, first: bool) -> int:
+    """The ``argsz`` that an answer asks for, once, and not without bound."""
+    if not first or argsz > MAX_INFO_ARGSZ:
+        raise MessageError(f"{command_name(reply.command)} asks for {argsz} bytes, at most {MAX_INFO_ARGSZ}, and once")
+    return argsz
+
+
+def _check_room(reply: Message, argsz: int) -> None:
+    if len(reply.payload) > argsz:
+        raise MessageError(
+            f"{command_name(reply.command)} answered with {len(reply.payload)} bytes, {argsz} were asked for"
+        )
+
+
 def _check_echo(reply: Message, head: bytes) -> None:
     if bytes(reply.payload[: len(head)]) != head:
         raise MessageError(f"{command_name(reply.command)} answered for another place than asked")
@@ -508,24 +576,48 @@ def _written(batch: list[Request], heads: list[bytes], posted: bool) -> Call[Non
             _check_echo(reply, head)
 
 
-def _describe_io_fd(entry: m.IoFd, fds: list[OwnedFd]) -> IoFdDescription:
-    """One descriptor may serve several sub-regions: each gets a duplicate of its own."""
+def _io_fd_entries(answer: m.RegionIoFds, payload: memoryview) -> list[m.IoFd]:
+    if not answer.count:
+        return []
+    if answer.count > MAX_MSG_FDS:
+        raise MessageError(f"{answer.count} I/O fds: at most {MAX_MSG_FDS} can come")
+    base, short, full = m.RegionIoFds.LAYOUT.size, m.IoFd.SHORT_SIZE, m.IoFd.LAYOUT.size
+    stride, rest = divmod(answer.argsz - base, answer.count)
+    if rest or stride not in (short, full):
+        raise MessageError(f"{answer.count} I/O fds in {answer.argsz - base} bytes")
+    if base + answer.count * stride > len(payload):
+        raise MessageError(f"{answer.count} I/O fds announced, {len(payload)} bytes came")
+    parse = m.IoFd.parse if stride == full else m.IoFd.parse_short
+    return [parse(payload, base + i * stride) for i in range(answer.count)]
 
-    def take(index: int) -> OwnedFd | None:
-        if index == m.NO_FD_INDEX:
-            return None
-        if index >= len(fds):
-            raise MessageError(f"I/O fd {index}, {len(fds)} came")
-        return OwnedFd.duplicate(fds[index].fileno())
 
+def _check_io_fd(entry: m.IoFd, fd_count: int) -> IoFdType:
     try:
         kind = IoFdType(entry.type)
     except ValueError:
         raise MessageError(f"{entry.type} is no type of I/O fd") from None
-    shadow = take(entry.shadow_mem_fd_index) if kind is IoFdType.IOEVENTFD_SHADOW else None
-    user_data = entry.user_data if kind is IoFdType.IOREGIONFD else 0
-    shadow_offset = entry.shadow_offset if kind is IoFdType.IOEVENTFD_SHADOW else 0
-    fd = take(entry.fd_index)
+    indexes = [entry.fd_index, entry.shadow_mem_fd_index] if kind is IoFdType.IOEVENTFD_SHADOW else [entry.fd_index]
+    for index in indexes:
+        if index != m.NO_FD_INDEX and index >= fd_count:
+            raise MessageError(f"I/O fd {index}, {fd_count} came")
+    return kind
+
+
+def _describe_io_fd(kind: IoFdType, entry: m.IoFd, fds: list[OwnedFd]) -> IoFdDescription:
+    """One descriptor may serve several sub-regions: each gets a duplicate of its own."""
+
+    def take(index: int) -> OwnedFd | None:
+        return None if index == m.NO_FD_INDEX else OwnedFd.duplicate(fds[index].fileno())
+
+    shadowed = kind is IoFdType.IOEVENTFD_SHADOW
     return IoFdDescription(
-        kind, entry.offset, entry.size, fd, entry.flags, entry.datamatch, user_data, shadow, shadow_offset
+        kind,
+        entry.offset,
+        entry.size,
+        take(entry.fd_index),
+        entry.flags,
+        entry.datamatch,
+        entry.user_data if kind is IoFdType.IOREGIONFD else 0,
+        take(entry.shadow_mem_fd_index) if shadowed else None,
+        entry.shadow_offset if shadowed else 0,
     )

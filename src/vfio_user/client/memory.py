@@ -11,6 +11,9 @@ from vfio_user.dma.iova import IovaTable
 from vfio_user.fds import OwnedFd
 from vfio_user.wire.constants import DmaFlags
 
+MAX_FILE_SIZE = (1 << 63) - 1
+"""Where the offset of pread and pwrite ends."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Region:
@@ -43,15 +46,18 @@ class RegisteredMemory:
         self._regions: IovaTable[_Region] = IovaTable()
 
     def add(
-        self, address: int, size: int, flags: int, *, memory: memoryview | None, fd: int | None, offset: int
+        self, address: int, size: int, flags: int, *, memory: memoryview | None, fd: OwnedFd | None, offset: int
     ) -> None:
-        """Answer for [address, address + size): from ``memory``, from a duplicate of ``fd``, or not at all."""
-        if self._regions.get(address, size) is not None:
-            self.remove(address, size)
-        if memory is not None:
-            self._regions.add(address, size, _Region(flags, memory=memory))
-        elif fd is not None:
-            self._regions.add(address, size, _Region(flags, fd=OwnedFd.duplicate(fd), offset=offset))
+        """Answer for [address, address + size): from ``memory``, from ``fd``, which is owned here then, or not at all.
+
+        The same range again replaces the one before. Raises OSError: EEXIST where it overlaps another one, EINVAL
+        where it is no range of the address space, or of a file.
+        """
+        if fd is not None and offset + size > MAX_FILE_SIZE:
+            raise OSError(errno.EINVAL, f"no part of a file: {offset:#x}, {size:#x} bytes")
+        self.remove(address, size)
+        if memory is not None or fd is not None:
+            self._regions.add(address, size, _Region(flags, memory, fd, offset))
 
     def remove(self, address: int, size: int) -> None:
         if self._regions.get(address, size) is not None:

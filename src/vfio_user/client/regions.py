@@ -34,8 +34,11 @@ class RegionDescription:
 
     @property
     def mmap_areas(self) -> tuple[tuple[int, int], ...]:
-        """(offset, size) of what can be mapped: the sparse areas, or the whole."""
-        if self.fd is None or not self.flags & RegionFlags.MMAP:
+        """(offset, size) of what can be mapped: the sparse areas, or the whole; nothing of what cannot be read.
+
+        Memory without any permission would be a memoryview that crashes whoever looks at it.
+        """
+        if self.fd is None or not self.flags & RegionFlags.MMAP or not self.flags & RegionFlags.READ:
             return ()
         return self.sparse_areas or ((0, self.size),)
 
@@ -55,9 +58,7 @@ class RegionDescription:
         if not size or offset + size > self.size or beyond_file:
             raise OSError(errno.EINVAL, f"region {self.index}: area {offset:#x}+{size:#x} is not in its file")
         skip = start % mmap.ALLOCATIONGRANULARITY
-        protection = (mmap.PROT_READ if self.flags & RegionFlags.READ else 0) | (
-            mmap.PROT_WRITE if self.flags & RegionFlags.WRITE else 0
-        )
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if self.flags & RegionFlags.WRITE else 0)
         try:
             mapping = mmap.mmap(number, skip + size, mmap.MAP_SHARED, protection, offset=start - skip)
         except (ValueError, OverflowError) as error:

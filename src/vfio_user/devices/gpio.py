@@ -24,8 +24,8 @@ class Gpio(Device):
 
     def __init__(self) -> None:
         super().__init__()
-        # As recorded from the Rust sample: one vector at each index, though only INTx is there to be used.
-        self.irqs = [Irq(1)] * PCI_NUM_IRQS
+        # As recorded from the Rust sample: an interrupt at INTx, and nothing at any other index.
+        self.irqs = [Irq(1)] + [Irq(0, 0)] * (PCI_NUM_IRQS - 1)
         self.on_reset()
 
     def on_reset(self) -> None:

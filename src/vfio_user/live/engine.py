@@ -81,7 +81,7 @@ class Migration:
     Both clients have their DMA maps and interrupts in place before :meth:`run`. ``pause`` stops the guest's use of
     the source; ``resume_source`` undoes that after a failure, ``resume_destination`` lets the guest go on at the
     destination. The switch-over comes when what is left takes less than ``downtime`` seconds at the rate measured,
-    or after ``max_rounds``.
+    or after ``max_rounds``. ``bandwidth``, in bytes per second, is what the migration may use of a link.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Migration:
         resume_destination: Callable[[], None] = _nothing,
         downtime: float = 0.05,
         max_rounds: int = 30,
+        bandwidth: float = float("inf"),
     ) -> None:
         self._source = source
         self._destination = destination
@@ -105,6 +106,7 @@ class Migration:
         self._resume_destination = resume_destination
         self._downtime = downtime
         self._max_rounds = max_rounds
+        self._bandwidth = bandwidth
         self._pre_copy = False
         self._logging = False
         self._paused_at: float | None = None
@@ -199,7 +201,7 @@ class Migration:
     def _round(self, *, stopped: bool = False) -> Round:
         """Copy what is dirty, and what the device has to say now."""
         started = time.monotonic()
-        pages = self._memory.copy()
+        pages = self._memory.copy(lambda size: self._keep_to_bandwidth(size, started))
         device_bytes = self._move_device_data() if self._pre_copy or stopped else 0
         seconds = time.monotonic() - started
         if not stopped:
@@ -210,6 +212,11 @@ class Migration:
         self.report.rounds.append(done)
         self.report.device_state_bytes += device_bytes
         return done
+
+    def _keep_to_bandwidth(self, size: int, started: float) -> None:
+        early = started + size / self._bandwidth - time.monotonic()
+        if early > 0:
+            time.sleep(early)
 
     def _fits(self, done: Round) -> bool:
         """Whether what is left moves within the downtime, at the rate of the round just done."""

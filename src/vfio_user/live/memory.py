@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bitarray import bitarray
 from bitarray.util import intervals
+
+PIECE = 1 << 20
+"""Most bytes that are copied at once."""
 
 DirtyRanges = Callable[[], Iterable[tuple[int, int]]]
 
@@ -66,15 +69,26 @@ class MemoryCopy:
             if start < end:
                 bits[start // self.page_size : -(-end // self.page_size)] = True
 
-    def copy(self) -> int:
-        """Copy every dirty page; they are clean from now on. Returns how many there were."""
+    def copy(self, pace: Callable[[int], None]) -> int:
+        """Copy every dirty page; they are clean from now on. Returns how many there were.
+
+        ``pace`` hears, piece by piece, how many bytes were copied so far, and may take its time.
+        """
         pages = 0
         for region, bits in zip(self.regions, self._dirty, strict=True):
             pending = bitarray(bits)
             bits.setall(False)
-            for value, first, stop in intervals(pending):
-                if value:
-                    pages += stop - first
-                    part = slice(first * self.page_size, stop * self.page_size)
-                    region.destination[part] = region.source[part]
+            for first, stop in self._pieces(pending):
+                part = slice(first * self.page_size, stop * self.page_size)
+                region.destination[part] = region.source[part]
+                pages += stop - first
+                pace(pages * self.page_size)
         return pages
+
+    def _pieces(self, pending: bitarray) -> Iterator[tuple[int, int]]:
+        """Runs of dirty pages, (first, stop), none of them longer than PIECE."""
+        most = max(1, PIECE // self.page_size)
+        for value, first, stop in intervals(pending):
+            if value:
+                for start in range(first, stop, most):
+                    yield start, min(start + most, stop)

@@ -13,7 +13,7 @@ from vfio_user.server import access, dma, info, irqs, migration
 from vfio_user.server.backend import Quiescing, ServerBackend
 from vfio_user.server.context import Context, Limits, Reply
 from vfio_user.wire import messages as m
-from vfio_user.wire.capabilities import Capabilities, negotiate, pack_capabilities, parse_capabilities
+from vfio_user.wire.capabilities import Capabilities, negotiate, pack_answer, parse_capabilities
 from vfio_user.wire.commands import COMMANDS, Role, command_name
 from vfio_user.wire.constants import HEADER_SIZE, VERSION_MAJOR, VERSION_MINOR, Command
 
@@ -131,7 +131,7 @@ class Dispatcher:
         self.context.client = proposed or Capabilities()
         self.connection.negotiated = True
         version = m.Version(VERSION_MAJOR, min(request.minor, VERSION_MINOR)).pack()
-        return self.connection.reply(message, (version, pack_capabilities(answer)), fds)
+        return self.connection.reply(message, (version, pack_answer(answer, len(text))), fds)
 
     def client_left(self) -> None:
         """Forget what the client brought: its interrupts and its memory. The device's state stays."""

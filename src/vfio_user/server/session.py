@@ -44,6 +44,7 @@ _READ, _WRITE = int(Command.REGION_READ), int(Command.REGION_WRITE)
 _NO_REPLY, _REPLY = int(HeaderFlags.NO_REPLY), int(HeaderFlags.REPLY)
 _ACCESS = struct.Struct(m.Header.LAYOUT.format + m.RegionAccess.LAYOUT.format.removeprefix("<"))
 _ACCESS_SIZE = _ACCESS.size
+_DONTWAIT, _NOSIGNAL = int(socket.MSG_DONTWAIT), int(socket.MSG_NOSIGNAL)
 _SMALL = 4096
 """Accesses of up to so many bytes are served from the receive buffer."""
 
@@ -106,7 +107,7 @@ class Session:
         try:
             self._poll_watches(0)
             while self._parked is None or self._resume():
-                self._channel.receive(socket.MSG_DONTWAIT)
+                self._channel.receive(_DONTWAIT)
                 handled += self._process()
         except BlockingIOError:
             return handled
@@ -136,7 +137,7 @@ class Session:
             return
         while not self._poll_watches(-1):
             pass
-        self._channel.receive(socket.MSG_DONTWAIT)
+        self._channel.receive(_DONTWAIT)
 
     def _spin_for_data(self) -> bool:
         """Adaptive poll: look for the next message for a while before sleeping. True if something came."""
@@ -144,7 +145,7 @@ class Session:
         until = time.perf_counter() + self._spin
         while time.perf_counter() < until:
             try:
-                receive(socket.MSG_DONTWAIT)
+                receive(_DONTWAIT)
             except BlockingIOError:
                 continue
             return True
@@ -218,7 +219,7 @@ class Session:
             except Exception as error:
                 self._refuse(Message(msg_id, command, flags, 0, framer.view[:0]), error)
             else:
-                if reply is not None and send(reply, socket.MSG_NOSIGNAL) != length:
+                if reply is not None and send(reply, _NOSIGNAL) != length:
                     raise ConnectionClosedError("the client takes no replies")
             handled += 1
             if self._deferred:
@@ -392,7 +393,7 @@ class Session:
             raise CallTimeoutError("no reply in time")
         for channel in channels:
             if channel.fileno() in ready:
-                channel.receive(socket.MSG_DONTWAIT)
+                channel.receive(_DONTWAIT)
 
     def _must_wait(self, message: Message) -> bool:
         """Whether a command that came while a DMA request awaits its reply must wait for that: it stops DMA.

@@ -6,6 +6,7 @@ asyncio has no call for ancillary data: the loop tells when the socket is ready,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from vfio_user.errors import CallTimeoutError, ConnectionClosedError
 from vfio_user.protocol import Framer, Outgoing
 from vfio_user.transport.ancillary import ANCILLARY_SIZE, pack_fds, skip_sent, take_fds
 
-_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF)
+_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 
 
 class Channel:
@@ -34,7 +35,9 @@ class Channel:
             count, ancillary, got, _ = self.socket.recvmsg_into(
                 self.framer.space(), ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
             )
-        except ConnectionError as error:
+        except BlockingIOError:
+            raise
+        except OSError as error:
             raise ConnectionClosedError(f"receiving: {error}") from error
         truncated = bool(got & socket.MSG_CTRUNC)
         self.framer.received(count, take_fds(ancillary), truncated=truncated)
@@ -51,10 +54,15 @@ class Channel:
                 await wait_ready([self], deadline, write=True)
                 continue
             except OSError as error:
-                if error.errno in _GONE:
+                if error.errno in _GONE or self.socket.fileno() < 0:
                     raise ConnectionClosedError(f"sending: {error.strerror}") from error
                 raise
             rest, fds = skip_sent(rest, sent), ()
+
+    def stop_receiving(self) -> None:
+        """Have a task that waits for this channel see its end."""
+        with contextlib.suppress(OSError):  # gone already
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.socket.close()

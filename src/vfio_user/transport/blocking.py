@@ -17,8 +17,10 @@ from vfio_user.errors import CallTimeoutError, ConnectionClosedError
 from vfio_user.protocol import Framer, Outgoing
 from vfio_user.transport.ancillary import ANCILLARY_SIZE, pack_fds, skip_sent, take_fds
 
-_RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
-_SEND_FLAGS = socket.MSG_NOSIGNAL
+# As plain integers: "|" and "&" of the enum members that socket has cost as much as a system call.
+_RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
+_SEND_FLAGS = int(socket.MSG_NOSIGNAL)
+_TRUNCATED = int(socket.MSG_CTRUNC)
 _SEND_SLICE = 0.25
 """Seconds after which a send that makes no progress looks at its deadline and at whether the channel is closing."""
 
@@ -47,10 +49,12 @@ class Channel:
         framer = self.framer
         try:
             count, ancillary, got, _ = self.socket.recvmsg_into(framer.space(), ANCILLARY_SIZE, _RECEIVE_FLAGS | flags)
-        except ConnectionError as error:
+        except BlockingIOError:
+            raise
+        except OSError as error:
             raise ConnectionClosedError(f"receiving: {error}") from error
-        if ancillary or got & socket.MSG_CTRUNC:
-            framer.received(count, take_fds(ancillary), truncated=bool(got & socket.MSG_CTRUNC))
+        if ancillary or got & _TRUNCATED:
+            framer.received(count, take_fds(ancillary), truncated=bool(got & _TRUNCATED))
         elif count:
             framer.received(count)
         if not count:
@@ -106,9 +110,9 @@ class Channel:
         if deadline is not None and time.monotonic() >= deadline:
             raise CallTimeoutError("the peer does not take what is sent")
 
-    @staticmethod
-    def _lost(error: OSError) -> Exception:
-        if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF):
+    def _lost(self, error: OSError) -> Exception:
+        """EBADF may speak of the socket, or of a descriptor that was to be sent."""
+        if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN) or self.socket.fileno() < 0:
             return ConnectionClosedError(f"sending: {error.strerror}")
         return error
 

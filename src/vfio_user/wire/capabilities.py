@@ -45,7 +45,7 @@ class Capabilities(msgspec.Struct, frozen=True, omit_defaults=True):
     max_msg_fds: Annotated[int, msgspec.Meta(ge=0, le=NEGOTIABLE_MSG_FDS)] | UnsetType = UNSET
     max_data_xfer_size: Positive | UnsetType = UNSET
     max_dma_maps: Positive | UnsetType = UNSET
-    pgsizes: Size | UnsetType = UNSET
+    pgsizes: int | UnsetType = UNSET
     write_multiple: bool | UnsetType = UNSET
     twin_socket: TwinSocketCapability | UnsetType = UNSET
     migration: MigrationCapability | UnsetType = UNSET
@@ -98,8 +98,8 @@ def parse_capabilities(text: bytes) -> Capabilities | None:
 
 def _check_page_sizes(capabilities: Capabilities) -> None:
     pgsizes = capabilities.pgsizes
-    if pgsizes is not UNSET and (pgsizes == 0 or pgsizes % PAGE_SIZE):
-        raise NegotiationError(f"pgsizes {pgsizes:#x}: sizes from {PAGE_SIZE} on, at least one")
+    if pgsizes is not UNSET and (not 0 < pgsizes < 1 << 64 or pgsizes % PAGE_SIZE):
+        raise NegotiationError(f"pgsizes {pgsizes:#x}: 64 bits for sizes from {PAGE_SIZE} on, at least one set")
     pgsize = capabilities.migration.pgsize if capabilities.migration is not UNSET else UNSET
     if pgsize is not UNSET and pgsize and (pgsize < PAGE_SIZE or pgsize & (pgsize - 1)):
         raise NegotiationError(f"migration.pgsize {pgsize}: a power of two from {PAGE_SIZE} on")
@@ -110,6 +110,12 @@ def pack_capabilities(capabilities: Capabilities | None, *, room: int = 0) -> by
     if capabilities is None:
         return b""
     return b'{"capabilities":' + msgspec.json.encode(capabilities) + b"}" + b" " * room + b"\0"
+
+
+def pack_answer(answer: Capabilities | None, length: int) -> bytes:
+    """What :func:`negotiate` agreed to, as an answer to version data of ``length`` bytes, and not longer than that."""
+    text = pack_capabilities(answer)
+    return text if len(text) <= length else b"{}\0"
 
 
 def _common(proposed: int | UnsetType, supported: int) -> int | UnsetType:

@@ -183,7 +183,9 @@ class IoFd(Payload):
 
     @classmethod
     def parse_short(cls, data: Buffer, offset: int = 0) -> IoFd:
-        """Read the 40-byte form of the specification."""
+        """Read the 40-byte form of the specification. Raises MessageError when ``data`` is too short for it."""
+        if len(data) - offset < cls.SHORT_SIZE:
+            raise MessageError(f"{cls.__name__} takes {cls.SHORT_SIZE} bytes, {max(0, len(data) - offset)} came")
         padded = bytes(data[offset : offset + cls.SHORT_SIZE]).ljust(cls.LAYOUT.size, b"\0")
         entry = cls.parse(padded)
         if entry.type == IoFdType.IOREGIONFD:

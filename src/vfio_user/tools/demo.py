@@ -1,0 +1,331 @@
+"""The main job in one go: a device at work is moved, live, from one process to another.
+
+Two ``edu`` servers in processes of their own, and here the VMM: a guest that has its device copy real bytes, block by
+block, by DMA in both directions, without pause until the switch-over, and goes on at the destination. Then memory and
+device are compared, byte by byte, with what they must be.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path
+from typing import Any
+
+from vfio_user.client import Client
+from vfio_user.devices import edu
+from vfio_user.errors import CallTimeoutError, MigrationError
+from vfio_user.fds import OwnedFd
+from vfio_user.live import MemoryRegion, Migration, Report, Round
+from vfio_user.wire.constants import PAGE_SIZE, IrqSetFlags, PciIrq
+
+BLOCK = edu.BUFFER_SIZE
+MIN_INPUT = 64 << 20
+BAR0 = 0
+TIMEOUT = 20.0
+"""Seconds for anything that should take none; these machines may be slow."""
+AFTER = 200
+"""Blocks that the guest copies at the destination before everything is compared."""
+VISIBLE = (edu.LIVENESS, edu.FACTORIAL, edu.STATUS, edu.IRQ_STATUS)
+WIDE = (edu.DMA_SOURCE, edu.DMA_DESTINATION, edu.DMA_COUNT, edu.DMA_COMMAND)
+"""edu's registers of 4 and of 8 bytes that can be read without an effect."""
+
+
+def standard_library(size: int = MIN_INPUT) -> bytes:
+    """The files of the installed Python standard library as one stream of ``size`` bytes or a bit more."""
+    root = Path(sysconfig.get_path("stdlib"))
+    stream = bytearray()
+    while len(stream) < size:
+        before = len(stream)
+        for path in sorted(root.rglob("*.py")):
+            if "site-packages" not in path.parts:
+                stream += path.read_bytes()
+            if len(stream) >= size:
+                break
+        if len(stream) == before:
+            raise MigrationError(f"no standard library in {root}: give a file with --input")
+    return bytes(stream)
+
+
+@contextmanager
+def device_process(directory: str, name: str) -> Iterator[Path]:
+    """An ``edu`` server in a process of its own; the path of its socket, on which it listens already."""
+    path = Path(directory) / name
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        command = [sys.executable, "-m", "vfio_user", "serve", "edu", "--fd", str(listener.fileno())]
+        process = subprocess.Popen(command, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL)
+    try:
+        yield path
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class Host:
+    """One side: guest memory in a memfd, and a client that plugs the device into it."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._memory = OwnedFd(os.memfd_create("guest", os.MFD_CLOEXEC))
+        os.ftruncate(self._memory.fileno(), size)
+        self.memory = memoryview(mmap(self._memory.fileno(), size))
+        self.interrupt = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        self.client = Client.connect(path, TIMEOUT)
+        self.client.dma_map(0, size, self._memory.fileno())
+        flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
+        self.client.set_irqs(PciIrq.INTX, flags, 0, 1, [self.interrupt.fileno()])
+
+    def read(self, register: int, width: int = 4) -> int:
+        return int.from_bytes(self.client.region_read(BAR0, register, width), "little")
+
+    def write(self, register: int, value: int, width: int = 4) -> None:
+        self.client.region_write(BAR0, register, value.to_bytes(width, "little"))
+
+    def transfer(self, source: int, destination: int, command: int) -> None:
+        """One DMA of a block, as a driver does it: program, start, wait until it has ended."""
+        values = (source, destination, BLOCK, command)
+        self.client.region_write_multi(
+            [(BAR0, register, value.to_bytes(8, "little")) for register, value in zip(WIDE, values, strict=True)]
+        )
+        while self.read(edu.DMA_COMMAND) & edu.DMA_START:
+            pass
+
+    def registers(self) -> dict[int, int]:
+        return {r: self.read(r) for r in VISIBLE} | {r: self.read(r, 8) for r in WIDE}
+
+    def close(self) -> None:
+        self.client.close()
+        self.interrupt.close()
+        self._memory.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things are in guest memory: the input, its copy, and a page of the guest's own."""
+
+    blocks: int
+
+    @property
+    def copy(self) -> int:
+        return self.blocks * BLOCK
+
+    @property
+    def counter(self) -> int:
+        return 2 * self.blocks * BLOCK
+
+    @property
+    def scratch(self) -> int:
+        return self.counter + PAGE_SIZE
+
+    @property
+    def size(self) -> int:
+        return self.scratch + PAGE_SIZE
+
+    def source_of(self, number: int) -> int:
+        return number % self.blocks * BLOCK
+
+    def destination_of(self, number: int) -> int:
+        """Each time round the copy is shifted by a block, so that what was right before is wrong now."""
+        return self.copy + (number + number // self.blocks) % self.blocks * BLOCK
+
+
+class Guest:
+    """The workload: copies block after block through the device, and counts them in its own memory."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._written = threading.Event()
+        self.done = 0
+
+    def start(self, host: Host, until: int | None = None) -> None:
+        """Work on ``host`` until :meth:`pause`, or until so many blocks are done in all."""
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._work, args=(host, until), name="guest", daemon=True)
+        self._thread.start()
+
+    def pause(self) -> None:
+        """Stop between two blocks. Raises what the guest ran into."""
+        self._stop.set()
+        self.join()
+
+    def join(self) -> None:
+        assert self._thread is not None
+        self._thread.join(TIMEOUT)
+        if self._thread.is_alive():
+            raise CallTimeoutError("the guest does not stop")
+        if self._error is not None:
+            raise self._error
+
+    def dirty(self) -> list[tuple[int, int]]:
+        """What the guest's processor wrote since it was asked before: its counter."""
+        if not self._written.is_set():
+            return []
+        self._written.clear()
+        return [(self._layout.counter, 8)]
+
+    def _work(self, host: Host, until: int | None) -> None:
+        try:
+            while not self._stop.is_set() and (until is None or self.done < until):
+                number = self.done
+                host.transfer(self._layout.source_of(number), edu.BUFFER_ADDRESS, edu.DMA_START)
+                destination = self._layout.destination_of(number)
+                host.transfer(edu.BUFFER_ADDRESS, destination, edu.DMA_START | edu.DMA_TO_GUEST)
+                self.done = number + 1
+                counter = self._layout.counter
+                host.memory[counter : counter + 8] = self.done.to_bytes(8, "little")
+                self._written.set()
+        except BaseException as error:
+            self._error = error
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the demonstration found. ``findings`` are the differences: none if all is as it must be."""
+
+    report: Report
+    findings: list[str]
+    blocks_before: int
+    blocks_after: int
+    input_size: int
+
+    @property
+    def verified(self) -> bool:
+        return self.report.status == "completed" and not self.findings
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the keys that every migration reports, and what the guest did."""
+        report = self.report
+        failed = report.status != "completed"
+        return {
+            "status": report.status,
+            "failed_step": str(report.step) if failed else None,
+            "error": report.error,
+            "rounds": len(report.rounds),
+            "dirty_pages": report.dirty_pages,
+            "device_state_bytes": report.device_state_bytes,
+            "downtime_ms": round(report.downtime * 1000, 3),
+            "total_ms": round(report.total * 1000, 3),
+            "verified": self.verified,
+            "findings": self.findings,
+            "input_bytes": self.input_size,
+            "blocks_copied_before": self.blocks_before,
+            "blocks_copied_after": self.blocks_after,
+        }
+
+
+def run(data: bytes, *, bandwidth: float, on_round: Callable[[Round], None] = lambda done: None) -> Outcome:
+    """Migrate a device at work over ``data``. Raises MigrationError when the migration itself fails."""
+    layout = Layout(max(1, -(-len(data) // BLOCK)))
+    guest = Guest(layout)
+    with ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="vfio-user-demo-"))
+        source, destination = (
+            Host(stack.enter_context(device_process(directory, name)), layout.size)
+            for name in ("source", "destination")
+        )
+        stack.callback(source.close)
+        stack.callback(destination.close)
+        source.memory[: len(data)] = data
+        source.write(edu.LIVENESS, 0x2026_1122)
+        source.write(edu.FACTORIAL, 12)
+        return _migrate(source, destination, guest, layout, data, bandwidth, on_round)
+
+
+def _migrate(
+    source: Host,
+    destination: Host,
+    guest: Guest,
+    layout: Layout,
+    data: bytes,
+    bandwidth: float,
+    on_round: Callable[[Round], None],
+) -> Outcome:
+    findings: list[str] = []
+    registers: dict[int, int] = {}
+
+    def pause() -> None:
+        """Stop the guest, with an interrupt asserted that nobody has acknowledged: it must not get lost."""
+        guest.pause()
+        source.write(edu.IRQ_RAISE, 0x10)
+        registers.update(source.registers())
+
+    def resume() -> None:
+        findings.extend(_compare_registers(registers, destination.registers()))
+        if not _signalled(destination.interrupt):
+            findings.append("the interrupt that stood at the switch-over did not reach the destination")
+
+    migration = Migration(
+        source.client,
+        destination.client,
+        memory=[MemoryRegion(0, source.memory, destination.memory)],
+        guest_dirty=guest.dirty,
+        pause=pause,
+        resume_destination=resume,
+        resume_source=lambda: guest.start(source),
+        bandwidth=bandwidth,
+        downtime=0.005,
+    )
+    guest.start(source)
+    for done in migration.run():
+        on_round(done)
+    before = guest.done
+    findings.extend(_compare_memory(layout, data, before, destination, "at the switch-over"))
+    findings.extend(_compare_buffer(layout, data, before, destination))
+    guest.start(destination, until=before + AFTER)
+    guest.join()
+    findings.extend(_compare_memory(layout, data, guest.done, destination, "after going on"))
+    return Outcome(migration.report, findings, before, guest.done - before, len(data))
+
+
+def _signalled(eventfd: OwnedFd) -> bool:
+    try:
+        return os.eventfd_read(eventfd.fileno()) > 0
+    except BlockingIOError:
+        return False
+
+
+def _compare_registers(expected: dict[int, int], found: dict[int, int]) -> Iterator[str]:
+    for register, value in expected.items():
+        if found[register] != value:
+            yield f"register {register:#x} is {found[register]:#x}, must be {value:#x}"
+
+
+def _compare_buffer(layout: Layout, data: bytes, done: int, host: Host) -> Iterator[str]:
+    """edu's own buffer holds the last block that was copied; it can be looked at by DMA only."""
+    host.transfer(edu.BUFFER_ADDRESS, layout.scratch, edu.DMA_START | edu.DMA_TO_GUEST)
+    found = bytes(host.memory[layout.scratch : layout.scratch + BLOCK])
+    host.memory[layout.scratch : layout.scratch + BLOCK] = bytes(BLOCK)
+    start = layout.source_of(done - 1)
+    if done and found != data[start : start + BLOCK].ljust(BLOCK, b"\0"):
+        yield "the device's buffer is not the last block that it moved"
+
+
+def _compare_memory(layout: Layout, data: bytes, done: int, host: Host, when: str) -> Iterator[str]:
+    """Guest memory against what ``done`` blocks of work must have made of it, worked out here anew."""
+    image = bytearray(layout.size)
+    image[: len(data)] = data
+    for number in range(max(0, done - layout.blocks), done):
+        start, target = layout.source_of(number), layout.destination_of(number)
+        image[target : target + BLOCK] = image[start : start + BLOCK]
+    image[layout.counter : layout.counter + 8] = done.to_bytes(8, "little")
+    for start in range(0, layout.size, PAGE_SIZE):
+        if host.memory[start : start + PAGE_SIZE] != image[start : start + PAGE_SIZE]:
+            yield f"{when}: the page at {start:#x} is not what it must be"
