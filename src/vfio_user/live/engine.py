@@ -112,7 +112,7 @@ class Migration:
         self._paused_at: float | None = None
         self.report = Report()
 
-    def run(self) -> Iterator[Round]:
+    def run(self) -> Generator[Round, None, None]:
         """Migrate; yields each round as it ends, and leaves the outcome in ``report``. Raises MigrationError.
 
         Giving up the iteration, an interrupt of the keyboard too, is a failure like any other: it is rolled back.

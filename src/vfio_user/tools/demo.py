@@ -322,7 +322,7 @@ def _compare_memory(layout: Layout, data: bytes, done: int, host: Host, when: st
     """Guest memory against what ``done`` blocks of work must have made of it, worked out here anew."""
     image = bytearray(layout.size)
     image[: len(data)] = data
-    for number in range(max(0, done - layout.blocks), done):
+    for number in range(max(0, done - 2 * layout.blocks), done):
         start, target = layout.source_of(number), layout.destination_of(number)
         image[target : target + BLOCK] = image[start : start + BLOCK]
     image[layout.counter : layout.counter + 8] = done.to_bytes(8, "little")
