@@ -281,7 +281,7 @@ def _migrate(
         resume_destination=resume,
         resume_source=lambda: guest.start(source),
         bandwidth=bandwidth,
-        downtime=0.005,
+        downtime=0.002,
     )
     guest.start(source)
     for done in migration.run():
