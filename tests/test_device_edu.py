@@ -20,7 +20,7 @@ from vfio_user.devices.edu import Edu
 from vfio_user.fds import OwnedFd
 from vfio_user.wire.constants import DmaFlags, IrqSetFlags, PciIrq
 
-from .device_support import TIMEOUT, Event, attached, events, guest_memory
+from .device_support import TIMEOUT, Event, attached, events, guest_memory, serving
 
 ID, LIVENESS, FACTORIAL, STATUS = 0x00, 0x04, 0x08, 0x20
 IRQ_STATUS, IRQ_RAISE, IRQ_ACK = 0x24, 0x60, 0x64
@@ -454,3 +454,21 @@ def test_reset_puts_everything_back(edu: Client) -> None:
     assert edu.region_read(7, 4, 2) == b"\0\0"
     assert not config_interrupt(edu)
     assert edu.migration_get_state() == DeviceState.RUNNING
+
+
+def test_a_client_that_leaves_in_the_middle_of_dma_leaves_no_device_that_is_busy_for_ever() -> None:
+    with serving(Edu()) as path:
+        with Client.connect(path, TIMEOUT) as edu:
+            edu.dma_map(0, PAGE, memory=bytearray(PAGE))
+            for offset, value in ((DESTINATION, BUFFER), (COUNT, 16), (COMMAND, START | DMA_IRQ)):
+                edu.region_write(0, offset, value.to_bytes(8, "little"), posted=True)
+            edu.region_write(0, FACTORIAL, b"\5\0\0\0", posted=True)  # its DMA_READ is never answered
+        with Client.connect(path, TIMEOUT) as edu:
+            assert [read(edu, offset) for offset in (COMMAND, STATUS, FACTORIAL, IRQ_STATUS)] == [
+                DMA_IRQ,
+                0,
+                120,
+                0x100,
+            ]
+            write(edu, FACTORIAL, 3)
+            assert read(edu, FACTORIAL) == 6

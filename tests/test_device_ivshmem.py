@@ -232,7 +232,7 @@ class TestIvshmem:
         ids=str,
     )
     def test_options_that_cannot_be(self, options: dict[str, int]) -> None:
-        with pytest.raises(ValueError, match="size|trapped|vectors"):
+        with pytest.raises(ValueError, match=r"size|trapped|vectors"):
             Ivshmem(**options)
 
     @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from vfio_user.dma.memory import GuestMemory
 from vfio_user.errors import StreamError
-from vfio_user.fds import OwnedFd
+from vfio_user.fds import OwnedFd, take_signals
 from vfio_user.migration import (
     LoadedStream,
     StateMachine,
@@ -58,7 +58,7 @@ T = TypeVar("T")
 Access = Callable[[int, int, memoryview], None]
 
 LOAD_SLACK = 1 << 20
-"""Bytes that a stream may be longer than what this device itself would send."""
+"""Bytes that a stream may be longer than what this device itself would send, pre-copy aside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,8 @@ class Device(ServerBackend):
     """Where table and pending bits of MSI-X are; None: in a BAR of their own, the first that is free."""
     migration: ClassVar[MigrationFlags] = MigrationFlags.STOP_COPY
     """MigrationFlags(0): the device cannot migrate."""
+    pre_copy_limit: ClassVar[int] = 1 << 20
+    """Bytes of the stream after which ``pre_copy`` is asked no more; bounds what a device takes while resuming."""
     state_version: ClassVar[int] = 1
     """Raise it when state is added: streams of older versions load, those of newer ones are refused."""
     resettable = True
@@ -188,6 +190,7 @@ class Device(ServerBackend):
         self._region_writers: list[Access] = [self._writer(index) for index in range(PCI_NUM_REGIONS)]
         self._machine = StateMachine(self.migration, self._step)
         self._save_stream: StreamWriter | None = None
+        self._ahead = 0  # bytes of the save stream that are pre-copy
         self._load_stream: StreamReader | None = None
 
     # What a subclass overrides
@@ -375,8 +378,8 @@ class Device(ServerBackend):
         number = self._irq_watches[key] = fd.fileno()
 
         def signalled() -> None:
-            os.read(number, 8)
-            self.irq.set_irqs(index, action | IrqSetFlags.DATA_NONE, vector, 1, ())
+            if take_signals(number):
+                self.irq.set_irqs(index, action | IrqSetFlags.DATA_NONE, vector, 1, ())
 
         link.watch(number, signalled)
 
@@ -405,8 +408,9 @@ class Device(ServerBackend):
             raise OSError(errno.EINVAL, f"no migration data in state {self._machine.state.name}")
         filled = stream.read_into(data)
         if filled < len(data) and self._machine.state != DeviceState.STOP_COPY:
-            while filled < len(data) and (ahead := self.pre_copy()):
+            while filled < len(data) and self._ahead < self.pre_copy_limit and (ahead := self.pre_copy()):
                 stream.add_pre_copy(ahead)
+                self._ahead += stream.pending
                 filled += stream.read_into(data[filled:])
         return filled
 
@@ -435,19 +439,20 @@ class Device(ServerBackend):
 
     @property
     def stream_identity(self) -> StreamIdentity:
+        """What the migration stream of this device begins with: only a device of the same kind loads it."""
         return StreamIdentity(self.vendor_id, self.device_id, self.state_version)
 
     def _step(self, source: DeviceState, target: DeviceState) -> None:
         """The work of one arc."""
         if target == DeviceState.PRE_COPY and source == DeviceState.RUNNING:
-            self._save_stream = StreamWriter(self.stream_identity)
+            self._save_stream, self._ahead = StreamWriter(self.stream_identity), 0
         elif target == DeviceState.STOP_COPY:
             if source == DeviceState.STOP:
                 self._save_stream = StreamWriter(self.stream_identity)
             assert self._save_stream is not None
             self._finish_stream(self._save_stream)
         elif target == DeviceState.RESUMING:
-            limit = 4 * self._stream_size() + LOAD_SLACK
+            limit = 4 * self._stream_size() + LOAD_SLACK + 2 * self.pre_copy_limit
             self._load_stream = StreamReader(self.stream_identity, limit)
         elif source == DeviceState.RESUMING:
             assert self._load_stream is not None
@@ -484,6 +489,7 @@ class Device(ServerBackend):
         """Become what the stream says, or stay what this device is."""
         before = self._collect()
         try:
+            self._check_memory(loaded)
             self._apply(decode_state(loaded.state), loaded)
         except (ValueError, KeyError, TypeError, OSError) as error:
             self._apply(before, LoadedStream([], b"", [], self.state_version))
@@ -498,12 +504,8 @@ class Device(ServerBackend):
         if not isinstance(fields, dict) or not isinstance(device, dict):
             raise ValueError("fields and device are maps")
         values = self._checked_fields(fields, loaded.state_version)
-        for block in loaded.memory:
-            memory = self.memory.get(block.region)
-            if memory is None or block.offset + len(block.data) > len(memory):
-                raise ValueError(f"no memory at {block.offset:#x} of BAR {block.region}")
         self.config.load(config)
-        self.irq.load(saved["interrupts"])
+        self.irq.load(saved["interrupts"], intx_disabled=self.config.intx_disabled)
         if self._msix:
             self._msix.load(msix)
         for name, value in values.items():
@@ -511,7 +513,17 @@ class Device(ServerBackend):
         self.load(device, loaded.pre_copy)
         for block in loaded.memory:
             self.memory[block.region][block.offset : block.offset + len(block.data)] = block.data
-        self._follow_command()
+
+    def _check_memory(self, loaded: LoadedStream) -> None:
+        """The stream has the memory of all BARs, from the first byte to the last."""
+        sizes = dict.fromkeys(self.memory, 0)
+        for block in loaded.memory:
+            if sizes.get(block.region) != block.offset:
+                raise ValueError(f"memory at {block.offset:#x} of BAR {block.region} does not belong there")
+            sizes[block.region] += len(block.data)
+        for index, size in sizes.items():
+            if size != len(self.memory[index]):
+                raise ValueError(f"BAR {index} has {len(self.memory[index]):#x} bytes of memory, not {size:#x}")
 
     def _checked_fields(self, fields: dict[object, object], version: int) -> dict[str, object]:
         """Declared state by name; what an older version did not have keeps its default."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 from collections.abc import Iterable
 from types import TracebackType
 
@@ -91,3 +92,14 @@ def signal_eventfd(fd: int) -> None:
     """Add one to an eventfd's counter. A counter that is full is already signalled: nothing is lost."""
     with contextlib.suppress(BlockingIOError):
         os.eventfd_write(fd, 1)
+
+
+def take_signals(fd: int) -> int:
+    """Take an eventfd's counter. 0: it is not signalled, or whoever shares it took the counter first.
+
+    It never waits, blocking eventfd or not: the client that shares it may take the counter at any time.
+    """
+    counter = bytearray(8)
+    with contextlib.suppress(BlockingIOError):
+        os.preadv(fd, [counter], -1, os.RWF_NOWAIT)
+    return int.from_bytes(counter, sys.byteorder)

@@ -40,7 +40,7 @@ _REGISTERS = {
 }
 """Which attribute a register reads as."""
 
-_U32 = 0xFFFFFFFF
+_U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
 
 
 class Edu(Device):
@@ -52,7 +52,7 @@ class Edu(Device):
     msi_vectors = 1
     migration = MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY
 
-    dma_mask = option((1 << 64) - 1, "bits of a DMA address that the device has")
+    dma_mask = option(_U64, "bits of a DMA address that the device has")
 
     identification = IDENTIFICATION
     liveness = state(0)
@@ -207,5 +207,8 @@ class Edu(Device):
         buffer = saved.get("buffer")
         if saved.keys() != {"buffer"} or not isinstance(buffer, bytes) or len(buffer) != BUFFER_SIZE:
             raise ValueError(f"edu's buffer is {BUFFER_SIZE} bytes")
+        for name in self.declared_state:
+            if not 0 <= getattr(self, name) <= _U64:
+                raise ValueError(f"{name} is no value of a register")
         self.buffer[:] = buffer
         self._unsent = True

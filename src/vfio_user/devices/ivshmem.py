@@ -1,7 +1,8 @@
 """QEMU's inter-VM shared memory device (docs/specs/ivshmem-spec.rst, revision 1), with one peer: itself.
 
 BAR0 has the registers, BAR1 the MSI-X table, BAR2 the shared memory, which clients map. With ``trapped`` the first
-bytes of it come as messages, and the rest is a sparse area; the doorbell is offered as ioeventfds, one per vector.
+bytes of it come as messages, and the rest is a sparse area; the doorbell is offered as ioeventfds, one for each of
+as many vectors as one message carries descriptors.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from vfio_user.device import Bar, Device, option
-from vfio_user.fds import OwnedFd
+from vfio_user.fds import OwnedFd, take_signals
+from vfio_user.pci.capabilities import MAX_MSIX_VECTORS
 from vfio_user.server.backend import Link, RegionIoFd
-from vfio_user.wire.constants import IoFdType
+from vfio_user.wire.constants import MAX_MSG_FDS, IoFdType
 
 REGISTERS, TABLE, MEMORY = 0, 1, 2
 """BARs."""
@@ -46,6 +48,8 @@ class Ivshmem(Device):
         super().__init__(**options)
 
     def configure(self) -> None:
+        if not 1 <= self.vectors <= MAX_MSIX_VECTORS:
+            raise ValueError(f"{self.vectors} vectors: 1 to {MAX_MSIX_VECTORS} are possible")
         self.msix_vectors = self.vectors
         trapped = ((0, self.trapped),) if self.trapped else ()
         shared = Bar(self.size, memory=True, bits64=True, prefetchable=True, trapped=trapped)
@@ -55,7 +59,7 @@ class Ivshmem(Device):
         if bar != REGISTERS:
             return ()
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-        self._doorbells = [OwnedFd(os.eventfd(0, flags)) for _ in range(self.vectors)]
+        self._doorbells = [OwnedFd(os.eventfd(0, flags)) for _ in range(min(self.vectors, MAX_MSG_FDS))]
         return [
             RegionIoFd(IoFdType.IOEVENTFD, DOORBELL, 4, fd.fileno(), DATAMATCH, OWN_ID << 16 | vector)
             for vector, fd in enumerate(self._doorbells)
@@ -67,8 +71,8 @@ class Ivshmem(Device):
             link.watch(fd.fileno(), partial(self._rung, vector, fd))
 
     def _rung(self, vector: int, fd: OwnedFd) -> None:
-        os.eventfd_read(fd.fileno())
-        self.irq.trigger(vector)
+        if take_signals(fd.fileno()):
+            self.irq.trigger(vector)
 
     def bar_read(self, bar: int, offset: int, data: memoryview) -> None:
         if bar == MEMORY:

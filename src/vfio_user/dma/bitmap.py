@@ -272,7 +272,8 @@ class _Report:
             after = (offset + (end - start << shift) - 1 >> self.shift) + 1
             self._bits[first:after] = 1
             # Go on with the page that has the first byte whose report bit is not set yet.
-            begin = bits.find(1, start + ((after << self.shift) - offset >> shift), stop)
+            following = start + ((after << self.shift) - offset >> shift)
+            begin = bits.find(1, min(following, stop), stop)
 
     def _add_spread(self, bits: bitarray, offset: int, ratio_shift: int) -> None:
         """Each bit becomes ``1 << ratio_shift`` bits, and one more where pages begin within a report page."""

@@ -162,8 +162,10 @@ class Interrupts:
         """What a migration carries. Eventfds, masks and what they hold back belong to the connection."""
         return {"asserted": self._intx.asserted, "pending": [sorted(line.pending) for line in self._lines]}
 
-    def load(self, state: object) -> None:
-        """Take over what :meth:`save` gave; nothing is fired before :meth:`rearm`.
+    def load(self, state: object, *, intx_disabled: bool | None = None) -> None:
+        """Take over what :meth:`save` gave, and bit 10 of a command register that came with it.
+
+        Nothing is fired before :meth:`rearm`.
 
         Raises ValueError, with nothing changed, for anything else.
         """
@@ -181,6 +183,8 @@ class Interrupts:
         ]
         for line, vectors in zip(self._lines, pending, strict=True):
             line.pending = vectors
+        if intx_disabled is not None:
+            self._intx.disabled = intx_disabled
         self._set_level(asserted)
 
     # The client's side.
