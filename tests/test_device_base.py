@@ -257,7 +257,8 @@ def test_state_is_inherited_and_never_shared() -> None:
         extra = state({"a": [1]})
         count = state(9)
 
-    assert Child.declared_state == {"count": 9, "table": [1, 2], "extra": {"a": [1]}}
+    defaults = {name: declared.default for name, declared in Child.declared_state.items()}
+    assert defaults == {"count": 9, "table": [1, 2], "extra": {"a": [1]}}
     assert "extra" not in Box.declared_state
     one, other = Child(), Child()
     one.extra["a"].append(2)

@@ -200,6 +200,9 @@ class Edu(Device):
         self._unsent = False
         return bytes(self.buffer)
 
+    def pre_copy_start(self) -> None:
+        self._unsent = True
+
     def save(self) -> dict[str, object]:
         return {"buffer": bytes(self.buffer)}
 

@@ -1,0 +1,99 @@
+"""What a device class declares besides its BARs: state that is saved, and options."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+T = TypeVar("T")
+
+BOOLEANS = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
+"""How a boolean option is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A declared piece of state: what it is in a new device."""
+
+    default: object
+
+    def new(self) -> object:
+        return copy.deepcopy(self.default)
+
+    def restored(self, name: str, value: object) -> object:
+        """What the attribute ``name`` holds for a value of a stream.
+
+        Raises ValueError for another type than the default's, and for bytes of another length.
+        """
+        if isinstance(self.default, bytearray):
+            if not isinstance(value, bytes) or len(value) != len(self.default):
+                raise ValueError(f"{name} is {len(self.default)} bytes")
+            return bytearray(value)
+        if type(value) is not type(self.default):
+            raise ValueError(f"{name} is of type {type(self.default).__name__}, not {type(value).__name__}")
+        return copy.deepcopy(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option of a device class: what it is without being given, what it means, how text becomes its value."""
+
+    default: object
+    help: str
+    parse: Callable[[str], object]
+
+
+def state(default: T) -> T:
+    """Declare a piece of a device's state: an attribute that a reset sets to ``default`` and a migration carries.
+
+    An int (up to 64 bits), float, bool, str, bytes or bytearray, or a list or dict of those.
+    """
+    return cast(T, State(default))
+
+
+def option(default: T, help: str, parse: Callable[[str], T] | None = None) -> T:
+    """Declare an option: a keyword of the constructor, and ``-o NAME=VALUE`` of ``vfio-user serve``.
+
+    ``parse`` turns text into the value and raises ValueError for what it cannot be; by default the type of
+    ``default`` does.
+    """
+    return cast(T, Option(default, help, parse or _parser(default)))
+
+
+def _parser(default: object) -> Callable[[str], object]:
+    if isinstance(default, bool):
+        return _parse_bool
+    if isinstance(default, int):
+        return lambda text: int(text, 0)
+    return type(default)
+
+
+def _parse_bool(text: str) -> bool:
+    for value, words in BOOLEANS.items():
+        if text.lower() in words:
+            return value
+    raise ValueError(f"{text!r} is not true or false")
+
+
+def saved_value(value: object) -> object:
+    """A value of declared state as a stream holds it."""
+    return bytes(value) if isinstance(value, bytearray) else value
+
+
+def restored_values(
+    declared: Mapping[str, State], fields: Mapping[object, object], *, complete: bool
+) -> dict[str, object]:
+    """Declared state by name, from the fields of a stream.
+
+    ``complete``: a field that is missing is an error; otherwise, in a stream of an older version, it has its default.
+    Raises ValueError, which names the field.
+    """
+    unknown = [str(name) for name in fields if name not in declared]
+    missing = [name for name in declared if name not in fields]
+    if unknown:
+        raise ValueError(f"unknown state: {', '.join(unknown)}")
+    if missing and complete:
+        raise ValueError(f"missing state: {', '.join(missing)}")
+    return {name: one.restored(name, fields[name]) if name in fields else one.new() for name, one in declared.items()}

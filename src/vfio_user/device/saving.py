@@ -1,0 +1,166 @@
+"""The migration of a :class:`~vfio_user.device.Device`: its state machine, and its state as a stream."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from vfio_user.errors import StreamError
+from vfio_user.migration import (
+    SAVING_STATES,
+    LoadedStream,
+    StateMachine,
+    StreamIdentity,
+    StreamReader,
+    StreamWriter,
+    decode_state,
+    encode_state,
+)
+from vfio_user.wire.constants import DeviceState, MigrationFlags
+
+LOAD_SLACK = 1 << 20
+"""Bytes that a stream may be longer than what this device itself would send, pre-copy aside."""
+
+
+class Saved(Protocol):
+    """What the migrator needs of a device."""
+
+    @property
+    def pre_copy_limit(self) -> int: ...
+
+    @property
+    def stream_identity(self) -> StreamIdentity: ...
+
+    @property
+    def memory(self) -> Mapping[int, memoryview]: ...
+
+    def collect(self) -> dict[str, object]:
+        """All of the state but the memory of BARs."""
+
+    def apply(self, collected: dict[str, object], loaded: LoadedStream) -> None:
+        """Become what ``collected`` says. Raises ValueError, KeyError, TypeError or OSError when that cannot be."""
+
+    def pre_copy_start(self) -> None: ...
+
+    def pre_copy(self) -> bytes: ...
+
+
+class Migrator:
+    """Walks a device through the migration states, and turns it into a stream and back.
+
+    A stream that does not fit leaves the device as it was, in RESUMING. ``entered_running`` is called when the device
+    has come to RUNNING from a state in which it stood still.
+    """
+
+    def __init__(self, device: Saved, flags: MigrationFlags, entered_running: Callable[[], None]) -> None:
+        self._device = device
+        self._entered_running = entered_running
+        self._machine = StateMachine(flags, self._step)
+        self._outgoing: StreamWriter | None = None
+        self._incoming: StreamReader | None = None
+        self._ahead = 0  # bytes of the outgoing stream that are pre-copy
+
+    @property
+    def state(self) -> DeviceState:
+        return self._machine.state
+
+    def set(self, state: DeviceState) -> None:
+        """Go to ``state`` arc by arc. Raises TransitionError."""
+        self._machine.set(state)
+
+    def reset(self) -> None:
+        self._outgoing = self._incoming = None
+        self._machine.reset()
+
+    def read(self, data: memoryview) -> int:
+        """Fill ``data`` with the stream as far as there is some now."""
+        stream = self._outgoing
+        if stream is None:
+            raise self._no_data()
+        filled = stream.read_into(data)
+        while filled < len(data) and self._send_ahead(stream):
+            filled += stream.read_into(data[filled:])
+        return filled
+
+    def _send_ahead(self, stream: StreamWriter) -> bool:
+        """Put what the running device has for us now into the stream; False when there is nothing."""
+        if self.state == DeviceState.STOP_COPY or self._ahead >= self._device.pre_copy_limit:
+            return False
+        ahead = self._device.pre_copy()
+        if ahead:
+            stream.add_pre_copy(ahead)
+            self._ahead += stream.pending
+        return bool(ahead)
+
+    def write(self, data: memoryview) -> None:
+        """Take ``data`` as what comes next in the stream. Raises StreamError for what does not belong there."""
+        if self._incoming is None:
+            raise self._no_data()
+        self._incoming.write(data)
+
+    def _no_data(self) -> OSError:
+        return OSError(errno.EINVAL, f"no migration data in state {self.state.name}")
+
+    def data_size(self) -> int:
+        """Bytes that are still to be read, or would be if the device stopped now."""
+        pending = self._outgoing.pending if self._outgoing else 0
+        return pending if self.state == DeviceState.STOP_COPY else pending + self._stream_size()
+
+    def _step(self, source: DeviceState, target: DeviceState) -> None:
+        """The work of one arc."""
+        if target in SAVING_STATES:
+            if source not in SAVING_STATES:
+                self._outgoing, self._ahead = StreamWriter(self._device.stream_identity), 0
+                self._device.pre_copy_start()
+            if target == DeviceState.STOP_COPY:
+                assert self._outgoing is not None
+                self._finish(self._outgoing)
+            return
+        self._outgoing = None
+        if target == DeviceState.RESUMING:
+            limit = 4 * self._stream_size() + LOAD_SLACK + 2 * self._device.pre_copy_limit
+            self._incoming = StreamReader(self._device.stream_identity, limit)
+        elif source == DeviceState.RESUMING:
+            assert self._incoming is not None
+            self._load(self._incoming.finish())
+            self._incoming = None
+        elif target == DeviceState.RUNNING and source not in SAVING_STATES:
+            self._entered_running()
+
+    def _finish(self, stream: StreamWriter) -> None:
+        """Add all that is left to say of the device as it is now."""
+        stream.add_state(encode_state(self._device.collect()))
+        for index, memory in self._device.memory.items():
+            stream.add_memory(index, 0, memory)
+        stream.end()
+
+    def _stream_size(self) -> int:
+        """Bytes that a stream of the device as it is now has."""
+        stream = StreamWriter(self._device.stream_identity)
+        self._finish(stream)
+        return stream.pending
+
+    def _load(self, loaded: LoadedStream) -> None:
+        """Have the device become what the stream says, or stay what it is."""
+        before = self._device.collect()
+        try:
+            self._check_memory(loaded)
+            self._device.apply(decode_state(loaded.state), loaded)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            version = self._device.stream_identity.state_version
+            self._device.apply(before, LoadedStream([], b"", [], version))
+            raise StreamError(f"the stream does not fit {type(self._device).__name__}: {error}") from error
+        for block in loaded.memory:
+            self._device.memory[block.region][block.offset : block.offset + len(block.data)] = block.data
+
+    def _check_memory(self, loaded: LoadedStream) -> None:
+        """The stream has the memory of all BARs, from the first byte to the last."""
+        sizes = dict.fromkeys(self._device.memory, 0)
+        for block in loaded.memory:
+            if sizes.get(block.region) != block.offset:
+                raise ValueError(f"memory at {block.offset:#x} of BAR {block.region} does not belong there")
+            sizes[block.region] += len(block.data)
+        for index, size in sizes.items():
+            if size != len(self._device.memory[index]):
+                raise ValueError(f"BAR {index} has {len(self._device.memory[index]):#x} bytes of memory, not {size:#x}")
