@@ -2,7 +2,7 @@
 
 :class:`ScriptedServer` answers like a small, well-behaved device; a test replaces the answers that it wants to be
 wrong. :func:`prepared` is for streams that are known beforehand: no thread, the whole of what the server ever says
-waits in the socket. :class:`AioTwin` runs the asyncio client's calls to their end, so that it passes for a blocking one.
+waits in the socket. :class:`AioTwin` runs the asyncio client's calls to their end: it passes for a blocking one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import pytest
 
 from vfio_user import Client, aio
 from vfio_user.wire import messages as m
@@ -162,7 +164,10 @@ def _echo(size: int | None) -> Handler:
     return lambda peer, request: peer.reply(request, request.payload[:size])
 
 
-GOOD: Mapping[int, Handler] = {
+Answers = Mapping[Any, Handler]
+"""How a server answers, by command."""
+
+GOOD: Answers = {
     Command.VERSION: lambda peer, request: peer.reply(request, version_answer()),
     Command.DEVICE_GET_INFO: lambda peer, request: peer.reply(request, device_info()),
     Command.DEVICE_GET_REGION_INFO: lambda peer, r: peer.reply(r, region_info(m.RegionInfo.parse(r.payload).index)),
@@ -184,10 +189,12 @@ GOOD: Mapping[int, Handler] = {
 class ScriptedServer:
     """Answers in a thread, as GOOD says or ``answers`` says instead, and keeps what it was asked."""
 
-    def __init__(self, answers: Mapping[int, Handler]) -> None:
+    def __init__(self, answers: Answers) -> None:
         self.client_socket, sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.peer = Peer(sock)
         self.requests: list[Request] = []
+        self.replies: list[Request] = []
+        """To what the server asked and no handler waited for."""
         self._answers = {**GOOD, **answers}
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._serve)
@@ -196,6 +203,9 @@ class ScriptedServer:
     def _serve(self) -> None:
         try:
             while (request := self.peer.receive()) is not None:
+                if request.flags & REPLY:
+                    self.replies.append(request)
+                    continue
                 self.requests.append(request)
                 if not request.posted:
                     self._answers[request.command](self.peer, request)
@@ -256,6 +266,14 @@ class AioTwin:
             return value
         return lambda *args, **kwargs: self._runner.run(value(*args, **kwargs))
 
+    @property
+    def timeout(self) -> float:
+        return self._client.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._client.timeout = seconds
+
     def close(self) -> None:
         self._client.close()
 
@@ -267,12 +285,14 @@ class AioTwin:
         self._runner.close()
 
 
-CLIENTS = {"blocking": Client, "aio": AioTwin}
+CLIENTS: dict[str, Any] = {"blocking": Client, "aio": AioTwin}
+both = pytest.mark.parametrize("kind", CLIENTS)
+"""Run a test with the blocking client and with its asyncio twin."""
 
 
 @contextlib.contextmanager
 def scripted(
-    kind: str, answers: Mapping[int, Handler] | None = None, timeout: float = PATIENT, **options: Any
+    kind: str, answers: Answers | None = None, timeout: float = PATIENT, **options: Any
 ) -> Iterator[tuple[Any, ScriptedServer]]:
     """A client of ``kind`` that is connected to a scripted server."""
     server = ScriptedServer(answers or {})
@@ -315,7 +335,3 @@ def prepared(*parts: bytes | tuple[bytes, Sequence[int]]) -> Iterator[socket.soc
             peer.raw(data, fds)
         theirs.shutdown(socket.SHUT_WR)
         yield ours
-
-
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request, allocate
+from vfio_user.client.readiness import Readiness
 from vfio_user.client.regions import IoFdDescription, RegionDescription
 from vfio_user.errors import CallTimeoutError, ConnectionClosedError, FramingError, UnexpectedReplyError, UsageError
 from vfio_user.protocol import Connection, Message, Outgoing
@@ -51,6 +52,7 @@ class Client:
         self._channel = Channel(sock, self._core.connection.framer)
         self._links = [(self._core.connection, self._channel)]
         self._lock = asyncio.Lock()
+        self._readiness: Readiness | None = None
         self._closed = False
 
     async def start(self) -> None:
@@ -102,6 +104,9 @@ class Client:
     def _release(self) -> None:
         for _, channel in self._links:
             channel.close()
+        if self._readiness is not None:
+            self._readiness.close()
+            self._readiness = None
         self._core.close()
 
     async def __aenter__(self) -> Client:
@@ -113,8 +118,17 @@ class Client:
         self.close()
 
     def fileno(self) -> int:
-        """The main socket: readable when the server asks for DMA while no call is under way, see serve_dma."""
-        return self._channel.fileno()
+        """A descriptor that is readable when the server asks for DMA while no call is under way, see serve_dma."""
+        if self._closed:
+            raise ConnectionClosedError("this client was closed")
+        if self._readiness is None:
+            self._readiness = Readiness(channel.fileno() for _, channel in self._links)
+            self._note_left_over()
+        return self._readiness.fileno()
+
+    def _note_left_over(self) -> None:
+        if self._readiness is not None and any(channel.framer.mid_message for _, channel in self._links):
+            self._readiness.leave_over()
 
     # What the device is
 
@@ -192,6 +206,7 @@ class Client:
         return await self._run(self._core.dma_unmap(address, size, page_size))
 
     async def dma_unmap_all(self) -> None:
+        """Take back everything that was mapped (flag ALL, which libvfio-user has and the specification has not)."""
         await self._run(self._core.dma_unmap_all())
 
     async def set_irqs(
@@ -204,6 +219,7 @@ class Client:
         await self._run(self._core.set_irqs(index, flags, start, count, fds, data))
 
     async def reset(self) -> None:
+        """DEVICE_RESET: also the way out of migration state ERROR."""
         await self._run(self._core.reset())
 
     # Features and migration
@@ -221,9 +237,14 @@ class Client:
         return await self._run(self._core.migration_flags())
 
     async def migration_get_state(self) -> DeviceState:
+        """The migration state that the device is in."""
         return await self._run(self._core.migration_get_state())
 
     async def migration_set_state(self, state: DeviceState) -> None:
+        """Have the device go to ``state``, by whatever path it knows.
+
+        Refused, it may have gone a part of the way: ask where it is.
+        """
         await self._run(self._core.migration_set_state(state))
 
     async def migration_read_data(self, size: int) -> bytes:
@@ -237,6 +258,7 @@ class Client:
         return await self._run(self._core.migration_read_data_into(memoryview(buffer).cast("B")))
 
     async def migration_write_data(self, data: m.Buffer) -> None:
+        """Give the device what comes next in the migration stream, in as many messages as its limit asks for."""
         await self._run(self._core.migration_write_data(memoryview(data).cast("B")))
 
     async def migration_data_size(self) -> int:
@@ -248,6 +270,7 @@ class Client:
         return await self._run(self._core.dma_logging_start(page_size, ranges))
 
     async def dma_logging_stop(self) -> None:
+        """Log no longer. What was logged and not reported is forgotten."""
         await self._run(self._core.dma_logging_stop())
 
     async def dma_logging_report(self, iova: int, length: int, page_size: int) -> bytes:
@@ -263,6 +286,8 @@ class Client:
         """Answer the server's DMA requests while no call is under way; how many came within ``timeout`` seconds."""
         async with self._exclusive():
             deadline = _now() + timeout
+            if self._readiness is not None:
+                self._readiness.take_over()
             answered = await self._answer_waiting(deadline + self.timeout)
             while True:
                 try:
@@ -323,6 +348,7 @@ class Client:
                 return result
             finally:
                 _close(replies)
+                self._note_left_over()
 
     async def _run_copied(self, call: Call[memoryview]) -> bytes:
         def copied() -> Call[bytes]:
@@ -392,6 +418,7 @@ class Client:
         reply = self._core.answer_command(message, connection)
         if reply is not None:
             await self._send(channel, reply, deadline)
+        await asyncio.sleep(0)  # a server that always has something to say must not stop the other tasks
         return 0
 
     def _take_reply(
@@ -415,7 +442,7 @@ class Client:
         """Receive from whichever socket has something. Raises CallTimeoutError at ``deadline``."""
         channels = [channel for _, channel in self._links]
         if _receive_ready(channels):
-            await asyncio.sleep(0)  # a server that always has something to say must not stop the other tasks
+            await asyncio.sleep(0)  # nor one whose message goes on and on
         else:
             await wait_ready(channels, deadline)
             _receive_ready(channels)

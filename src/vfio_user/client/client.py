@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request, allocate
+from vfio_user.client.readiness import Readiness
 from vfio_user.client.regions import IoFdDescription, RegionDescription
 from vfio_user.errors import CallTimeoutError, ConnectionClosedError, FramingError, UnexpectedReplyError, UsageError
 from vfio_user.protocol import Connection, Message, Outgoing
@@ -58,7 +59,8 @@ class Client:
             raise
         self._channel = Channel(sock, self._core.connection.framer)
         self._links = [(self._core.connection, self._channel)]
-        self._lock = threading.RLock()  # a signal handler may close in mid-call
+        self._lock = threading.Lock()
+        self._readiness: Readiness | None = None
         self._closed = False
         try:
             self._run(self._core.negotiate())
@@ -98,18 +100,27 @@ class Client:
     def close(self) -> None:
         """Leave. The server forgets the memory and the interrupts that this client gave it.
 
-        A call of another thread that is under way ends with ConnectionClosedError.
+        A call of another thread that is under way ends with ConnectionClosedError, and lets go of the sockets then;
+        so does a call that a signal handler interrupts with this.
         """
         self._closed = True
         for _, channel in self._links:
             channel.stop_receiving()
-        with self._lock:
-            self._release()
+        self._release()
 
     def _release(self) -> None:
-        for _, channel in self._links:
-            channel.close()
-        self._core.close()
+        """Let go of everything, unless a call is under way: the last one does it."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            for _, channel in self._links:
+                channel.close()
+            if self._readiness is not None:
+                self._readiness.close()
+                self._readiness = None
+            self._core.close()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Client:
         return self
@@ -120,8 +131,17 @@ class Client:
         self.close()
 
     def fileno(self) -> int:
-        """The main socket: readable when the server asks for DMA while no call is under way, see serve_dma."""
-        return self._channel.fileno()
+        """A descriptor that is readable when the server asks for DMA while no call is under way, see serve_dma."""
+        if self._closed:
+            raise ConnectionClosedError("this client was closed")
+        if self._readiness is None:
+            self._readiness = Readiness(channel.fileno() for _, channel in self._links)
+            self._note_left_over()
+        return self._readiness.fileno()
+
+    def _note_left_over(self) -> None:
+        if self._readiness is not None and any(channel.framer.mid_message for _, channel in self._links):
+            self._readiness.leave_over()
 
     # What the device is
 
@@ -199,6 +219,7 @@ class Client:
         return self._run(self._core.dma_unmap(address, size, page_size))
 
     def dma_unmap_all(self) -> None:
+        """Take back everything that was mapped (flag ALL, which libvfio-user has and the specification has not)."""
         self._run(self._core.dma_unmap_all())
 
     def set_irqs(
@@ -211,6 +232,7 @@ class Client:
         self._run(self._core.set_irqs(index, flags, start, count, fds, data))
 
     def reset(self) -> None:
+        """DEVICE_RESET: also the way out of migration state ERROR."""
         self._run(self._core.reset())
 
     # Features and migration
@@ -228,9 +250,14 @@ class Client:
         return self._run(self._core.migration_flags())
 
     def migration_get_state(self) -> DeviceState:
+        """The migration state that the device is in."""
         return self._run(self._core.migration_get_state())
 
     def migration_set_state(self, state: DeviceState) -> None:
+        """Have the device go to ``state``, by whatever path it knows.
+
+        Refused, it may have gone a part of the way: ask where it is.
+        """
         self._run(self._core.migration_set_state(state))
 
     def migration_read_data(self, size: int) -> bytes:
@@ -244,6 +271,7 @@ class Client:
         return self._run(self._core.migration_read_data_into(memoryview(buffer).cast("B")))
 
     def migration_write_data(self, data: m.Buffer) -> None:
+        """Give the device what comes next in the migration stream, in as many messages as its limit asks for."""
         self._run(self._core.migration_write_data(memoryview(data).cast("B")))
 
     def migration_data_size(self) -> int:
@@ -255,6 +283,7 @@ class Client:
         return self._run(self._core.dma_logging_start(page_size, ranges))
 
     def dma_logging_stop(self) -> None:
+        """Log no longer. What was logged and not reported is forgotten."""
         self._run(self._core.dma_logging_stop())
 
     def dma_logging_report(self, iova: int, length: int, page_size: int) -> bytes:
@@ -270,6 +299,8 @@ class Client:
         """Answer the server's DMA requests while no call is under way; how many came within ``timeout`` seconds."""
         with self._exclusive():
             deadline = time.monotonic() + timeout
+            if self._readiness is not None:
+                self._readiness.take_over()
             answered = self._answer_waiting(deadline + self.timeout)
             while True:
                 try:
@@ -298,17 +329,18 @@ class Client:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One call at a time; after one that lost the stream there is no other."""
-        with self._lock:
-            if self._closed:
-                raise ConnectionClosedError("this client was closed")
-            try:
-                yield
-            except (ConnectionClosedError, FramingError, UnexpectedReplyError):
-                self._closed = True
-                raise
-            finally:
+        try:
+            with self._lock:
                 if self._closed:
-                    self._release()
+                    raise ConnectionClosedError("this client was closed")
+                try:
+                    yield
+                except (ConnectionClosedError, FramingError, UnexpectedReplyError):
+                    self._closed = True
+                    raise
+        finally:
+            if self._closed:
+                self._release()
 
     def _run(self, call: Call[T]) -> T:
         """Drive a call: send what it asks for, hand it the replies, until it returns."""
@@ -330,6 +362,7 @@ class Client:
                 return result
             finally:
                 _close(replies)
+                self._note_left_over()
 
     def _run_copied(self, call: Call[memoryview]) -> bytes:
         def copied() -> Call[bytes]:
@@ -426,7 +459,7 @@ class Client:
             poll.register(channel.fileno(), select.POLLIN)
         ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
         if not ready:
-            raise CallTimeoutError("the server did not answer in time")
+            raise CallTimeoutError("the peer did not answer in time")
         for _, channel in self._links:
             if channel.fileno() in ready:
                 channel.receive()

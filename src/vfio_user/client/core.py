@@ -565,8 +565,9 @@ def _check_room(reply: Message, argsz: int) -> None:
 
 
 def _check_echo(reply: Message, head: bytes) -> None:
-    if bytes(reply.payload[: len(head)]) != head:
-        raise MessageError(f"{command_name(reply.command)} answered for another place than asked")
+    if reply.payload[: len(head)] != head:
+        asked, came = m.RegionAccess.parse(head), m.RegionAccess.parse(reply.payload)
+        raise MessageError(f"{command_name(reply.command)} of {asked} answered for another place, {came}")
 
 
 def _written(batch: list[Request], heads: list[bytes], posted: bool) -> Call[None]:
