@@ -38,6 +38,9 @@ class BenchDevice(ServerBackend):
         elif offset == BYTES_WRITTEN:
             data[:] = self.bytes_loaded.to_bytes(8, "little")
 
+    def region_view(self, region: int, offset: int, count: int) -> memoryview | None:
+        return self.memory[offset : offset + count] if region == MEMORY else None
+
     def region_write(self, region: int, offset: int, data: memoryview) -> None:
         if region == MEMORY:
             self.memory[offset : offset + len(data)] = data
@@ -64,6 +67,9 @@ class BenchDevice(ServerBackend):
     def migration_read_data(self, data: memoryview) -> int:
         data[:] = self.saved[: len(data)]
         return len(data)
+
+    def migration_view(self, size: int) -> memoryview | None:
+        return self.saved[:size]
 
     def migration_write_data(self, data: memoryview) -> None:
         self.loaded[: len(data)] = data

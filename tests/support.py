@@ -6,18 +6,21 @@ The peer knows nothing of the package but the header's layout, which it writes o
 from __future__ import annotations
 
 import contextlib
-import errno
-import gc
+import logging
 import os
+import selectors
 import socket
 import struct
 import tempfile
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
+
+import pytest
 
 from vfio_user import Irq, Region, Server, ServerBackend
 from vfio_user.fds import OwnedFd
@@ -160,6 +163,11 @@ class RawPeer:
 
     def version(self, text: bytes = ALL_CAPABILITIES, *, major: int = 0, minor: int = 2) -> Received:
         return self.call(1, struct.pack("<HH", major, minor) + text)
+
+    def take(self, fd: int) -> int:
+        """Keep a descriptor that came: the caller closes it."""
+        self._fds.remove(fd)
+        return fd
 
     def reply(self, request: Received, payload: bytes = b"", *, flags: int = REPLY, error: int = 0) -> None:
         """Answer a command of the server's."""
@@ -342,10 +350,15 @@ class MigratableBackend(RecordingBackend):
 
 
 class Serving:
-    """A server, its path, and the peers that the test connected. ``error`` is what ended its thread."""
+    """A server, its path, and the peers that the test connected. ``error`` is what ended its thread.
 
-    def __init__(self, server: Server, path: str) -> None:
+    ``polled``: it is driven by poll() and a selector of the test's instead of serve_forever().
+    """
+
+    def __init__(self, server: Server, path: str, *, polled: bool = False) -> None:
         self.server = server
+        self.polled = polled
+        self.handled = 0
         self.path = path
         self.peers: list[RawPeer] = []
         self.error: BaseException | None = None
@@ -353,9 +366,19 @@ class Serving:
 
     def _serve(self) -> None:
         try:
-            self.server.serve_forever()
+            if self.polled:
+                self._poll()
+            else:
+                self.server.serve_forever()
         except BaseException as error:
             self.error = error
+
+    def _poll(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.server.fileno(), selectors.EVENT_READ)
+            while not self.server.finished:
+                assert selector.select(TIMEOUT * 2), "nothing to do for the server"
+                self.handled += self.server.poll()
 
     def connect(self) -> RawPeer:
         """A peer that has said nothing yet."""
@@ -378,12 +401,12 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(backend: ServerBackend, **options: Any) -> Iterator[Serving]:
+def serving(backend: ServerBackend, *, polled: bool = False, **options: Any) -> Iterator[Serving]:
     """``backend`` served in a thread at a path of its own; in the end it is shut down and must have ended cleanly."""
     with tempfile.TemporaryDirectory(prefix="vu") as directory:
         path = str(Path(directory) / "s")
         with Server(backend, path, **options) as server:
-            served = Serving(server, path)
+            served = Serving(server, path, polled=polled)
             served.thread.start()
             try:
                 yield served
@@ -425,10 +448,16 @@ def eventfds(count: int) -> Iterator[list[int]]:
             os.close(fd)
 
 
-def open_fds() -> int:
-    """Descriptors that this process has open, those of garbage not counted."""
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
+def open_fds() -> Counter[str]:
+    """How many descriptors of each kind this process has open: compare with ``<=``, garbage may go."""
+    kinds: Counter[str] = Counter()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that listed them
+            kinds[os.readlink(f"/proc/self/fd/{number}").rstrip("0123456789[]")] += 1
+    return kinds
 
 
-EINVAL = errno.EINVAL
+def assert_quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing at level ERROR, no traceback: a peer's fault is no event for whoever runs the server."""
+    loud = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR or record.exc_info]
+    assert not loud, [record.getMessage() for record in loud]

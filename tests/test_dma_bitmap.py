@@ -207,10 +207,13 @@ def test_bits_that_are_there_stay(first: int, start: int) -> None:
     assert bitmap.count() == 0
 
 
-def test_bits_at_the_end_of_the_address_space() -> None:
-    bitmap = DirtyBitmap(ADDRESS_SPACE - 4096, 4096, 1024)
+@pytest.mark.parametrize("page_size", [1, 1024])
+def test_bits_at_the_end_of_the_address_space(page_size: int) -> None:
+    bitmap = DirtyBitmap(ADDRESS_SPACE - 4096, 4096, page_size)
     bitmap.mark(ADDRESS_SPACE - 1, 1)
     assert report(bitmap, 0, ADDRESS_SPACE, 1 << 63) == {1}
+    bitmap.mark(ADDRESS_SPACE - 2048, 2048)
+    assert report(bitmap, ADDRESS_SPACE - 4096, 4096, 1 << 63) == {0}
     assert bitmap.count() == 0
 
 

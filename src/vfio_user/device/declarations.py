@@ -20,6 +20,7 @@ class State:
     default: object
 
     def new(self) -> object:
+        """A value of its own for a device that starts, or is reset."""
         return copy.deepcopy(self.default)
 
     def restored(self, name: str, value: object) -> object:

@@ -47,7 +47,7 @@ def check_logging_ranges(page_size: int, ranges: Iterable[tuple[int, int]]) -> N
         check_range(iova, length)
         if (iova | length) & (page_size - 1):
             raise OSError(errno.EINVAL, f"range {iova:#x}, {length:#x} bytes, is not in pages of {page_size:#x}")
-        if any(seen.overlapping(iova, length)):
+        if seen.overlapping(iova, length):
             raise OSError(errno.EINVAL, f"range {iova:#x}, {length:#x} bytes, overlaps another one")
         seen.add(iova, length, None)
 
@@ -61,6 +61,11 @@ def check_report(iova: int, length: int, page_size: int) -> None:
 def bitmap_size(length: int, page_size: int) -> int:
     """Bytes of a report of ``length`` bytes: a bit per page, in whole words of 64 bits."""
     return -(-length // (page_size * 64)) * 8
+
+
+def clear_bitmap(bitmap: memoryview) -> None:
+    """Set every byte to 0."""
+    bitarray(buffer=bitmap).setall(0)
 
 
 def page_count(address: int, size: int, page_size: int) -> int:
@@ -184,8 +189,10 @@ class DirtyBitmap:
         else:
             target = first + (position - start) // 8
             report.add_bytes(target, self._bytes[first:end])
-            report.add_bits(position, self._bits[start : first * 8])
-            report.add_bits(position + end * 8 - start, self._bits[end * 8 : stop])
+            if start < first * 8:
+                report.add_bits(position, self._bits[start : first * 8])
+            if end * 8 < stop:
+                report.add_bits(position + end * 8 - start, self._bits[end * 8 : stop])
         self._bits[start:stop] = 0
 
     def _report_pieces(self, page: int, low: int, high: int, report: _Report) -> None:
@@ -361,7 +368,7 @@ class DirtyLog:
         """The region is gone, and what was dirty of it. Raises OSError(ENOENT) where there is none."""
         with self._lock:
             self._regions.remove(address, size)
-            for start, length, bitmap in list(self._bitmaps.overlapping(address, size)):
+            for start, length, bitmap in self._bitmaps.overlapping(address, size):
                 self._bitmaps.remove(start, length)
                 self._nbytes -= bitmap.nbytes
                 bitmap.clear()
@@ -433,7 +440,7 @@ class DirtyLog:
         found = self._ranges.find(iova)
         if found is None or iova + length > found[0] + found[1]:
             raise OSError(errno.EINVAL, f"{iova:#x}, {length:#x} bytes, is not all being logged")
-        if not any(self._regions.overlapping(iova, length)):
+        if not self._regions.overlapping(iova, length):
             raise OSError(errno.ENOENT, f"nothing is mapped in {iova:#x}, {length:#x} bytes")
 
     def _in_ranges(self, address: int, size: int) -> Iterator[tuple[int, int]]:

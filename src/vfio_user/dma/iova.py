@@ -12,6 +12,10 @@ T = TypeVar("T")
 ADDRESS_SPACE = 1 << 64
 """Bytes of the I/O virtual address space. A range may end here, and not beyond."""
 
+_PAGE_SHIFT = 12
+_MAX_RECENT = 1 << 15
+"""Pages of which the table remembers whose they are: a few MiB at most."""
+
 
 def check_range(address: int, size: int) -> None:
     """Raise OSError(EINVAL) unless ``[address, address + size)`` is a range of the address space, not empty."""
@@ -22,16 +26,18 @@ def check_range(address: int, size: int) -> None:
 class IovaTable(Generic[T]):
     """Values keyed by ranges ``[address, address + size)``, in bytes, no two of which overlap.
 
-    A lookup is one binary search, in a few entries or in 65,535 of them. Ranges may be adjacent, and stay apart.
+    A lookup is one binary search, in a few entries or in 65,535 of them; one in a page that was looked up before is
+    none at all. Ranges may be adjacent, and stay apart.
     Nothing is synchronised: whoever changes the table lets nobody look at it meanwhile, and an iterator must be
     used up before the next change.
     """
 
-    __slots__ = ("_entries", "_starts")
+    __slots__ = ("_entries", "_recent", "_starts")
 
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._entries: list[tuple[int, int, T]] = []
+        self._recent: dict[int, tuple[int, int, T]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -72,29 +78,38 @@ class IovaTable(Generic[T]):
         position = bisect_left(self._starts, address)
         del self._starts[position]
         del self._entries[position]
+        self._recent = {}
         return entry[2]
 
     def find(self, address: int) -> tuple[int, int, T] | None:
         """The ``(start, size, value)`` whose range contains ``address``, or None."""
+        recent, page = self._recent, address >> _PAGE_SHIFT
+        entry = recent.get(page)
+        if entry is not None and 0 <= address - entry[0] < entry[1]:
+            return entry
         position = bisect_right(self._starts, address)
         if position:
             entry = self._entries[position - 1]
             if address - entry[0] < entry[1]:
+                if len(recent) >= _MAX_RECENT:
+                    recent.clear()
+                recent[page] = entry
                 return entry
         return None
 
-    def overlapping(self, address: int, length: int) -> Iterator[tuple[int, int, T]]:
+    def overlapping(self, address: int, length: int) -> list[tuple[int, int, T]]:
         """Every ``(start, size, value)`` with a byte in ``[address, address + length)``, by rising address."""
         if length <= 0:
-            return
+            return []
         position = bisect_right(self._starts, address)
-        if position and self.find(address) is not None:
-            position -= 1
-        end = bisect_left(self._starts, address + length)
-        for index in range(position, end):
-            yield self._entries[index]
+        if position:
+            start, size, _ = self._entries[position - 1]
+            if address - start < size:
+                position -= 1
+        return self._entries[position : bisect_left(self._starts, address + length, position)]
 
     def clear(self) -> None:
         """Take out every range."""
+        self._recent = {}
         self._starts.clear()
         self._entries.clear()

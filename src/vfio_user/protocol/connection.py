@@ -95,12 +95,12 @@ class Connection:
         A reply that passes is the one to a pending command, which is pending no longer; a late one to an abandoned
         command passes but is of no interest.
         """
-        if message.is_reply:
-            return self._check_reply(message)
-        if not message.is_command:
+        if message.is_command:
+            self._check_command(message)
+            return True
+        if not message.is_reply:
             raise MessageError(f"{message!r} is neither a command nor a reply")
-        self._check_command(message)
-        return True
+        return self._check_reply(message)
 
     def _check_reply(self, message: Message) -> bool:
         if self._abandoned.get(message.msg_id) == message.command:

@@ -111,6 +111,15 @@ class Framer:
         return self.end > self.start or self._discarding > 0
 
     @property
+    def missing(self) -> int:
+        """Bytes that the unfinished message at the front lacks; 0 where that is not known, or it is skipped."""
+        have = self.end - self.start
+        if have < HEADER_SIZE or self._discarding:
+            return 0
+        size: int = _HEADER.unpack_from(self.buffer, self.start)[2]
+        return max(0, size - have) if size <= self.max_size else 0
+
+    @property
     def has_fds(self) -> bool:
         """Whether descriptors wait for their message: who cuts messages from the buffer itself must not then."""
         return bool(self._fds)
@@ -118,7 +127,7 @@ class Framer:
     def space(self) -> list[memoryview]:
         """Where the next bytes go, ready for recvmsg_into. Never empty."""
         if self.start == self.end:
-            self._rebase(self.start)
+            self._base += self.start
             self.start = self.end = 0
             return self._whole_space
         if self.end + HEADER_SIZE > len(self.buffer) or self._tail_needs_room():
@@ -135,11 +144,8 @@ class Framer:
         """Move the unfinished message to the front."""
         rest = self.end - self.start
         self.view[:rest] = self.view[self.start : self.end]
-        self._rebase(self.start)
+        self._base += self.start
         self.start, self.end = 0, rest
-
-    def _rebase(self, moved: int) -> None:
-        self._base += moved
 
     def received(self, count: int, fds: list[OwnedFd] | None = None, *, truncated: bool = False) -> None:
         """``count`` bytes were put into :meth:`space`, and ``fds`` came with them.
@@ -230,7 +236,7 @@ class Framer:
         while self._fds and self._fds[0][0] <= position:
             where, fds, fault = self._fds.popleft()
             if where == position:
-                message.fds, message.fault = fds, fault
+                message.fds, message.fault = fds, message.fault or fault
             else:
                 close_all(fds)
 
@@ -245,15 +251,17 @@ class Framer:
         rest = self.view[self.start : self.end]
         fresh = bytearray(self.max_size)
         fresh[: len(rest)] = rest
-        self._rebase(self.start)
+        self._base += self.start
         self.start, self.end = 0, len(rest)
         self._use_buffer(fresh)
 
     def close(self) -> None:
-        """Close every descriptor that no message took with it."""
+        """Close every descriptor that no message took with it, and let the buffer go: nothing comes any more."""
         for _, fds, _ in self._fds:
             close_all(fds)
         self._fds.clear()
         if self._discarded is not None:
             self._discarded.close()
             self._discarded = None
+        self.start = self.end = 0
+        self._use_buffer(bytearray())

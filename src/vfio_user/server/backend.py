@@ -22,9 +22,9 @@ from vfio_user.wire.constants import (
 class RegionIoFd:
     """A part of a region that a file descriptor serves, for DEVICE_GET_REGION_IO_FDS.
 
-    ``offset`` and ``size`` are in bytes from the start of the region; ``fd`` stays the backend's. ``datamatch`` is an
-    ioeventfd's, ``user_data`` an ioregionfd's; ``shadow_fd`` and ``shadow_offset`` say where an IOEVENTFD_SHADOW
-    puts the value that was written.
+    ``offset`` and ``size`` are in bytes from the start of the region; ``fd`` stays the backend's, -1: there is none.
+    ``datamatch`` is an ioeventfd's, ``user_data`` an ioregionfd's; ``shadow_fd`` and ``shadow_offset`` say where an
+    IOEVENTFD_SHADOW puts the value that was written.
     """
 
     type: IoFdType
@@ -151,6 +151,14 @@ class ServerBackend:
         """Fill ``data`` (1 byte to max_data_xfer_size) from ``offset`` of a region."""
         self._refuse("region_read")
 
+    def region_view(self, region: int, offset: int, count: int) -> memoryview | None:
+        """The memory behind a large read, to be sent without a copy; None, the default: region_read is called.
+
+        It holds what :meth:`region_read` would have filled in, ``count`` bytes, and keeps holding that until the
+        next hook is called: by then the reply is on its way.
+        """
+        return None
+
     def region_write(self, region: int, offset: int, data: memoryview) -> None:
         """Take ``data``, which is valid during the call only, at ``offset`` of a region."""
         self._refuse("region_write")
@@ -192,6 +200,7 @@ class ServerBackend:
         self._refuse("migration")
 
     def migration_get_state(self) -> DeviceState:
+        """The migration state that the device is in; asked often, so it should be quick."""
         self._refuse("migration")
 
     def migration_set_state(self, state: DeviceState) -> None:
@@ -201,6 +210,14 @@ class ServerBackend:
     def migration_read_data(self, data: memoryview) -> int:
         """Fill ``data`` with what comes next in the migration stream; the bytes filled. Fewer: it ends here."""
         self._refuse("migration")
+
+    def migration_view(self, size: int) -> memoryview | None:
+        """What :meth:`migration_read_data` would fill in next, at most ``size`` bytes, to be sent without a copy.
+
+        Fewer bytes: the stream ends here. They stay as they are until the next hook is called. None, the default:
+        :meth:`migration_read_data` is called.
+        """
+        return None
 
     def migration_write_data(self, data: memoryview) -> None:
         """Take all of ``data``, valid during the call only, as what comes next in the stream."""
@@ -218,6 +235,7 @@ class ServerBackend:
         self._refuse("DMA logging")
 
     def dma_logging_stop(self) -> None:
+        """Log no longer. Called also when nothing is logged."""
         self._refuse("DMA logging")
 
     def dma_logging_report(self, iova: int, length: int, page_size: int, bitmap: memoryview) -> None:

@@ -39,6 +39,9 @@ class Limits:
     dma_maps: int = DEFAULT_DMA_MAPS
 
 
+_KEPT_FROM = 256 << 10
+"""Bytes from which on a buffer for replies is kept."""
+
 NO_ACCESS = -1
 """The limit of a region that cannot be read, or written: no access ends before it."""
 
@@ -56,8 +59,29 @@ class Context:
     """By region: where a read must end at the latest, in bytes; NO_ACCESS where none may be."""
     writable: list[int] = field(default_factory=list)
 
+    depth: int = 0
+    """DMA requests that await their replies, each in a hook of a command that came while the one before waited."""
+    _reply_buffers: dict[int, bytearray] = field(default_factory=dict)
+
     def __post_init__(self) -> None:
         self.refresh_access()
+
+    def reply_buffer(self, size: int) -> memoryview:
+        """``size`` bytes for a reply, holding anything, to be used until that reply is sent.
+
+        A large buffer is kept for the next one: the kernel takes longer to provide 32 MiB than a device to fill
+        them. There is one at each depth, as a reply may be made while another one is being made.
+        """
+        if size < _KEPT_FROM:
+            return memoryview(bytearray(size))
+        buffer = self._reply_buffers.get(self.depth)
+        if buffer is None or len(buffer) < size:
+            buffer = self._reply_buffers[self.depth] = bytearray(size)
+        return memoryview(buffer)[:size]
+
+    def drop_reply_buffers(self) -> None:
+        """Give the memory back. The next reply takes new buffers."""
+        self._reply_buffers.clear()
 
     def region(self, index: int) -> Region:
         return _element(self.backend.regions, index, "region")

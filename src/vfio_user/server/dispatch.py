@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 from vfio_user.errors import NegotiationError, ProtocolError, VfioUserError
@@ -15,7 +16,7 @@ from vfio_user.server.context import Context, Limits, Reply
 from vfio_user.wire import messages as m
 from vfio_user.wire.capabilities import Capabilities, negotiate, pack_answer, parse_capabilities
 from vfio_user.wire.commands import COMMANDS, Role, command_name
-from vfio_user.wire.constants import HEADER_SIZE, VERSION_MAJOR, VERSION_MINOR, Command
+from vfio_user.wire.constants import DEFAULT_DATA_XFER_SIZE, HEADER_SIZE, VERSION_MAJOR, VERSION_MINOR, Command
 
 logger = logging.getLogger("vfio_user.server")
 
@@ -52,6 +53,9 @@ HANDLERS: Mapping[int, Handler] = MappingProxyType(
 )
 
 
+_VERSION, _DEVICE_FEATURE = int(Command.VERSION), int(Command.DEVICE_FEATURE)
+
+
 def errno_of(error: Exception) -> int:
     """The errno that a reply carries for what a handler or a hook raised: EIO for what is no refusal."""
     number = getattr(error, "errno", None) if isinstance(error, (OSError, VfioUserError)) else None
@@ -73,7 +77,9 @@ class Dispatcher:
         self, backend: ServerBackend, limits: Limits | None = None, *, offer_twin: Callable[[], int] | None = None
     ) -> None:
         limits = limits or Limits()
-        self.connection = Connection(Role.SERVER, limits.data_xfer_size + HEADER_SIZE + m.RegionAccess.LAYOUT.size)
+        # A limit for data below the default is none for other messages, which are bounded by what they contain.
+        largest = max(limits.data_xfer_size, DEFAULT_DATA_XFER_SIZE)
+        self.connection = Connection(Role.SERVER, HEADER_SIZE + m.RegionAccess.LAYOUT.size + largest)
         self.context = Context(backend, limits)
         self.closing = False
         self._offer_twin = offer_twin
@@ -81,14 +87,14 @@ class Dispatcher:
     def quiesce(self, message: Message) -> Quiescing | None:
         """Have DMA stopped if ``message`` is a command that needs it. None: it can be handled now."""
         row = COMMANDS[message.command]
-        if row.quiesces or (message.command == Command.DEVICE_FEATURE and migration.quiesces(message)):
+        if row.quiesces or (message.command == _DEVICE_FEATURE and migration.quiesces(message)):
             return self.context.backend.quiesce()
         return None
 
     def handle(self, message: Message) -> Outgoing | None:
         """Serve a command that :meth:`Connection.check` let pass. None where no reply is wanted. Never raises."""
         try:
-            if message.command == Command.VERSION:
+            if message.command == _VERSION:
                 return self._version(message)
             reply = HANDLERS[message.command](self.context, message)
         except Exception as error:
@@ -134,10 +140,16 @@ class Dispatcher:
         return self.connection.reply(message, (version, pack_answer(answer, len(text))), fds)
 
     def client_left(self) -> None:
-        """Forget what the client brought: its interrupts and its memory. The device's state stays."""
-        for step in (irqs.disable_all, dma.unmap_all):
+        """Forget what the client brought: its interrupts and its memory. The device's state stays.
+
+        Every hook is called, whatever the others raise.
+        """
+        context = self.context
+        steps = [partial(irqs.disable, context, index) for index in sorted(context.irqs_in_use)]
+        steps += [partial(dma.unmap, context, address, size) for address, size, _ in context.maps]
+        for step in steps:
             try:
-                step(self.context)
+                step()
             except Exception as error:
                 logger.log(
                     logging.DEBUG if isinstance(error, OSError) else logging.ERROR,

@@ -13,7 +13,8 @@ from vfio_user.server.context import Context, DmaMapping, Reply, check_argsz
 from vfio_user.wire import messages as m
 from vfio_user.wire.constants import MAX_BITMAP_SIZE, MAX_DMA_REGION_SIZE, DmaFlags, DmaUnmapFlags
 
-_KNOWN_FLAGS = DmaFlags.READ | DmaFlags.WRITE | DmaFlags.MMAP | DmaFlags.FILE_IO
+# An integer: the complement of an IntFlag has only the bits that have names.
+_KNOWN_FLAGS = int(DmaFlags.READ | DmaFlags.WRITE | DmaFlags.MMAP | DmaFlags.FILE_IO)
 _FD_FLAGS = DmaFlags.MMAP | DmaFlags.FILE_IO
 
 
@@ -62,7 +63,8 @@ def dma_unmap(context: Context, message: Message) -> Reply:
     if request.flags == DmaUnmapFlags.ALL:
         if request.address or request.size:
             raise MessageError("DMA_UNMAP of all takes no address and no size")
-        unmap_all(context)
+        for address, size, _ in list(context.maps):
+            unmap(context, address, size)
         return Reply([request.pack()])
     if request.flags not in (0, DmaUnmapFlags.GET_DIRTY_BITMAP):
         raise MessageError(f"DMA_UNMAP flags {request.flags:#x}")
@@ -89,7 +91,7 @@ def _bitmap_request(message: Message, request: m.DmaUnmap) -> m.DirtyBitmapInfo:
     return bitmap
 
 
-def unmap_all(context: Context) -> None:
-    for address, size, _ in list(context.maps):
-        context.backend.dma_unmap(0, address, size)
-        context.maps.remove(address, size)
+def unmap(context: Context, address: int, size: int) -> None:
+    """Take one region away from the backend."""
+    context.backend.dma_unmap(0, address, size)
+    context.maps.remove(address, size)

@@ -73,6 +73,8 @@ def _pack_io_fds(io_fds: Sequence[RegionIoFd]) -> tuple[list[bytes], list[int]]:
     fds: list[int] = []
 
     def index(fd: int) -> int:
+        if fd < 0:
+            return m.NO_FD_INDEX
         if fd not in fds:
             fds.append(fd)
         return fds.index(fd)

@@ -81,9 +81,6 @@ def _runs(booleans: memoryview) -> Iterator[tuple[int, int]]:
         yield first, len(booleans) - first
 
 
-def disable_all(context: Context) -> None:
+def disable(context: Context, index: int) -> None:
     """Take away the eventfds of a client that left."""
-    flags = IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER
-    for index in sorted(context.irqs_in_use):
-        context.backend.set_irqs(index, flags, 0, 0, ())
-    context.irqs_in_use.clear()
+    context.backend.set_irqs(index, IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER, 0, 0, ())

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vfio_user.dma.bitmap import bitmap_size, check_logging_ranges, check_report
+from vfio_user.dma.bitmap import bitmap_size, check_logging_ranges, check_report, clear_bitmap
 from vfio_user.errors import MessageError
 from vfio_user.migration.states import RUNNING_STATES, SAVING_STATES
 from vfio_user.protocol import Message
@@ -21,8 +21,10 @@ from vfio_user.wire.constants import (
     FeatureFlags,
 )
 
-_GET, _SET, _PROBE = FeatureFlags.GET, FeatureFlags.SET, FeatureFlags.PROBE
+_GET, _SET, _PROBE = int(FeatureFlags.GET), int(FeatureFlags.SET), int(FeatureFlags.PROBE)
 _HEAD = m.Feature.LAYOUT.size
+_SET_STATE = _SET | int(DeviceFeature.MIG_DEVICE_STATE)
+_LOADING_STATES = frozenset({DeviceState.RESUMING})
 
 
 class FeatureSpec(NamedTuple):
@@ -54,10 +56,11 @@ def _supported(context: Context, index: int) -> int:
     backend = type(context.backend)
     if not context.migratable:
         return 0
+    rows = ((operation, _FEATURES.get((index, operation))) for operation in (_GET, _SET))
     return sum(
         operation
-        for (feature, operation), row in _FEATURES.items()
-        if feature == index and getattr(backend, row.hook) is not getattr(ServerBackend, row.hook)
+        for operation, row in rows
+        if row is not None and getattr(backend, row.hook) is not getattr(ServerBackend, row.hook)
     )
 
 
@@ -65,8 +68,8 @@ def quiesces(message: Message) -> bool:
     """Whether this DEVICE_FEATURE takes the device out of the running states."""
     if len(message.payload) < _HEAD + m.FeatureDeviceState.LAYOUT.size:
         return False
-    request = m.Feature.parse(message.payload)
-    if request.index != DeviceFeature.MIG_DEVICE_STATE or request.operation != _SET:
+    _, flags = m.Feature.LAYOUT.unpack_from(message.payload)
+    if flags != _SET_STATE:
         return False
     return m.FeatureDeviceState.parse(message.payload, _HEAD).device_state not in RUNNING_STATES
 
@@ -126,6 +129,7 @@ def _logging_start(context: Context, message: Message) -> Reply:
 def _logging_stop(context: Context, message: Message) -> Reply:
     echo = bytes(message.payload)
     context.backend.dma_logging_stop()
+    context.drop_reply_buffers()
     return Reply([echo])
 
 
@@ -136,11 +140,12 @@ def _logging_report(context: Context, message: Message) -> Reply:
     if size > MAX_BITMAP_SIZE:
         raise MessageError(f"a dirty bitmap of {size} bytes: at most {MAX_BITMAP_SIZE}")
     check_argsz(m.Feature.parse(message.payload).argsz, _HEAD + m.LoggingReport.LAYOUT.size + size)
-    if not any(True for _ in context.maps.overlapping(report.iova, report.length)):
+    if not context.maps.overlapping(report.iova, report.length):
         raise MessageError(f"nothing is mapped at {report.iova:#x}, {report.length:#x} bytes", errno.ENOENT)
-    bitmap = bytearray(size)
-    reply = _get(message, report.pack(), bitmap)
-    context.backend.dma_logging_report(report.iova, report.length, report.page_size, memoryview(bitmap))
+    bitmap = context.reply_buffer(size)
+    clear_bitmap(bitmap)
+    reply = _get(message, bytes(message.payload[_HEAD : _HEAD + report.LAYOUT.size]), bitmap)
+    context.backend.dma_logging_report(report.iova, report.length, report.page_size, bitmap)
     return reply
 
 
@@ -173,11 +178,18 @@ def mig_data_read(context: Context, message: Message) -> Reply:
     _check_data(context, request, SAVING_STATES, limit)
     if not request.size:
         return Reply([m.MigData(m.MigData.LAYOUT.size, 0).pack()])
-    data = bytearray(request.size)
-    count = context.backend.migration_read_data(memoryview(data))
-    if not 0 <= count <= request.size:
-        raise ValueError(f"migration_read_data returned {count} of {request.size} bytes")
-    return Reply([m.MigData(m.MigData.LAYOUT.size + count, count).pack(), memoryview(data)[:count]])
+    data = context.backend.migration_view(request.size)
+    if data is None:
+        buffer = context.reply_buffer(request.size)
+        data = buffer[: _checked_count(context.backend.migration_read_data(buffer), request.size)]
+    count = _checked_count(data.nbytes, request.size)
+    return Reply([m.MigData(m.MigData.LAYOUT.size + count, count).pack(), data.cast("B")])
+
+
+def _checked_count(count: int, most: int) -> int:
+    if not 0 <= count <= most:
+        raise ValueError(f"the device gave {count} bytes of migration data, asked for {most}")
+    return count
 
 
 def mig_data_write(context: Context, message: Message) -> Reply:
@@ -185,7 +197,7 @@ def mig_data_write(context: Context, message: Message) -> Reply:
     data = message.payload[m.MigData.LAYOUT.size :]
     if len(data) != request.size:
         raise MessageError(f"{request.size} bytes of migration data announced, {len(data)} came")
-    _check_data(context, request, frozenset({DeviceState.RESUMING}), context.limits.data_xfer_size)
+    _check_data(context, request, _LOADING_STATES, context.limits.data_xfer_size)
     if request.size:
         context.backend.migration_write_data(data)
     return Reply()

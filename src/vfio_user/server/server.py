@@ -212,6 +212,8 @@ class Server:
         self._listen(True)
 
     def _wake(self) -> None:
+        if self._closed:  # the number may be another file's by now
+            return
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._wake_fd, 1)
 

@@ -18,8 +18,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from vfio_user.errors import CallTimeoutError, ConnectionClosedError, FramingError, ProtocolError
-from vfio_user.protocol import Connection, Message
+from vfio_user.errors import (
+    CallTimeoutError,
+    ConnectionClosedError,
+    FramingError,
+    MessageError,
+    ProtocolError,
+    VfioUserError,
+)
+from vfio_user.protocol import Connection, Message, Outgoing
 from vfio_user.server.backend import Quiescing, ServerBackend
 from vfio_user.server.context import Limits
 from vfio_user.server.dispatch import Dispatcher, errno_of
@@ -46,7 +53,7 @@ _ACCESS = struct.Struct(m.Header.LAYOUT.format + m.RegionAccess.LAYOUT.format.re
 _ACCESS_SIZE = _ACCESS.size
 _DONTWAIT, _NOSIGNAL = int(socket.MSG_DONTWAIT), int(socket.MSG_NOSIGNAL)
 _SMALL = 4096
-"""Accesses of up to so many bytes are served from the receive buffer."""
+"""Bytes up to which a read is served without asking for a view of them first."""
 
 
 class Session:
@@ -72,6 +79,7 @@ class Session:
         self._epoll = epoll
         self._wake = wake
         self._spin = spin
+        self._receive_bytes = self._spin_and_receive if spin else self._channel.receive
         self._dma_timeout = dma_timeout
         self._twin: tuple[Connection, Channel] | None = None
         self._twin_offer: socket.socket | None = None
@@ -80,11 +88,14 @@ class Session:
         self._working = False
         self._parked: tuple[Message, Quiescing] | None = None
         self._postponed: deque[Message] = deque()
-        self._depth = 0
         self._replies: dict[tuple[int, int], Message] = {}
         self._closed = False
         epoll.register(sock, select.EPOLLIN)
-        backend.connected(self)
+        try:
+            backend.connected(self)
+        except Exception:
+            logger.exception("the device failed in connected()")
+            self._channel.stop_receiving()
 
     # The loop
 
@@ -93,10 +104,10 @@ class Session:
         try:
             while True:
                 self._receive()
-                self._process()
+                self._process(wait=True)
         except ConnectionClosedError as error:
             logger.debug("%s", error)
-        except FramingError as error:
+        except (FramingError, OSError) as error:
             logger.warning("closing: %s", error)
         finally:
             self.close()
@@ -107,16 +118,16 @@ class Session:
         try:
             self._poll_watches(0)
             while self._parked is None or self._resume():
+                handled += self._process()
                 self._channel.receive(_DONTWAIT)
                 handled += self._process()
+            return handled
         except BlockingIOError:
             return handled
         except ConnectionClosedError as error:
             logger.debug("%s", error)
-        except FramingError as error:
+        except (FramingError, OSError) as error:
             logger.warning("closing: %s", error)
-        else:
-            return handled
         self.close()
         return None
 
@@ -130,26 +141,30 @@ class Session:
             self._poll_watches(-1)
             if self._resume():
                 self._process()
-        if self._spin and self._spin_for_data():
-            return
         if not self._watches:
-            self._channel.receive()
+            if self._framer.mid_message:
+                self._channel.receive_rest()
+            else:
+                self._receive_bytes(0)
             return
-        while not self._poll_watches(-1):
-            pass
-        self._channel.receive(_DONTWAIT)
+        if self._spin:
+            until = time.perf_counter() + self._spin
+            while not self._epoll.poll(0) and time.perf_counter() < until:
+                pass
+        if self._poll_watches(-1):
+            with contextlib.suppress(BlockingIOError):  # taken already, while a watch's callback awaited DMA
+                self._channel.receive(_DONTWAIT)
 
-    def _spin_for_data(self) -> bool:
-        """Adaptive poll: look for the next message for a while before sleeping. True if something came."""
-        receive = self._channel.receive
-        until = time.perf_counter() + self._spin
-        while time.perf_counter() < until:
+    def _spin_and_receive(self, flags: int) -> bool:
+        """Adaptive poll: look for the next bytes for a while before sleeping."""
+        now, receive = time.perf_counter, self._channel.receive
+        until = now() + self._spin
+        while now() < until:
             try:
-                receive(_DONTWAIT)
+                return receive(_DONTWAIT)
             except BlockingIOError:
                 continue
-            return True
-        return False
+        return receive(flags)
 
     def _poll_watches(self, timeout: float) -> bool:
         """Wait for any descriptor and serve those that the backend watches. True if the client's is ready."""
@@ -165,14 +180,14 @@ class Session:
                 _drain(fd)
         return readable
 
-    def _process(self) -> int:
-        """Handle every whole message that has come; how many."""
+    def _process(self, *, wait: bool = False) -> int:
+        """Handle every whole message that has come; how many. ``wait``: register accesses are awaited in here, too."""
         handled = 0
         framer = self._framer
         connection = self._connection
         while self._parked is None:
             if connection.negotiated and not self._postponed and not framer.has_fds:
-                handled += self._serve_accesses()
+                handled += self._serve_accesses(wait)
             message = self._postponed.popleft() if self._postponed else framer.next_message()
             if message is None:
                 break
@@ -182,17 +197,29 @@ class Session:
                 self._work()
         return handled
 
-    def _serve_accesses(self) -> int:
-        """Serve register accesses at the front of the receive buffer, as long as nothing is special about them."""
+    def _serve_accesses(self, wait: bool) -> int:
+        """Serve register accesses at the front of the receive buffer, as long as nothing is special about them.
+
+        With ``wait`` the next ones are awaited here: a turn is one recvmsg, one hook, one send and little else.
+        Every call of a function that is left out here is felt: the caches are cold after each switch of processes.
+        """
         framer = self._framer
         context = self._context
         backend = self._backend
+        receive = self._receive_bytes
         send = self._channel.socket.send
+        most = context.limits.data_xfer_size
         handled = 0
-        while framer.end - framer.start >= _ACCESS_SIZE:
+        buffer = framer.buffer
+        # A hook that asked for DMA moved the framer on to a new buffer, and commands may have been postponed since.
+        while framer.buffer is buffer:
             start = framer.start
-            msg_id, command, size, flags, _, offset, region, count = _ACCESS.unpack_from(framer.buffer, start)
-            if not 0 < count <= _SMALL or region >= len(context.readable):
+            if framer.end - start < _ACCESS_SIZE:
+                if framer.end != start or not wait or self._watches or receive(0):
+                    break
+                continue
+            msg_id, command, size, flags, _, offset, region, count = _ACCESS.unpack_from(buffer, start)
+            if not 0 < count <= most or region >= len(context.readable):
                 break
             try:
                 if command == _WRITE:
@@ -205,7 +232,7 @@ class Session:
                     backend.region_write(region, offset, framer.view[start + _ACCESS_SIZE : stop])
                     reply = None if flags else bytearray(_ACCESS_SIZE)
                     length = _ACCESS_SIZE
-                elif command == _READ and size == _ACCESS_SIZE and not flags:
+                elif command == _READ and size == _ACCESS_SIZE and count <= _SMALL and not flags:
                     if offset + count > context.readable[region]:
                         break
                     framer.start = start + _ACCESS_SIZE
@@ -219,8 +246,13 @@ class Session:
             except Exception as error:
                 self._refuse(Message(msg_id, command, flags, 0, framer.view[:0]), error)
             else:
-                if reply is not None and send(reply, _NOSIGNAL) != length:
-                    raise ConnectionClosedError("the client takes no replies")
+                if reply is not None:
+                    try:
+                        sent = send(reply, _NOSIGNAL)
+                    except OSError:
+                        sent = 0
+                    if sent != length:  # the client is slow, or gone: the channel knows what to do
+                        self._channel.send(Outgoing([memoryview(reply)[sent:]]))
             handled += 1
             if self._deferred:
                 self._work()
@@ -239,7 +271,7 @@ class Session:
         if message.is_reply:
             self._replies[id(self._connection), message.msg_id] = _kept(message)
             return
-        if self._depth and self._must_wait(message):
+        if self._context.depth and self._must_wait(message):
             self._postpone(message)
             return
         try:
@@ -312,7 +344,8 @@ class Session:
 
     def unwatch(self, fd: int) -> None:
         if self._watches.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            with contextlib.suppress(OSError):  # closed by the backend, which epoll forgets by itself
+                self._epoll.unregister(fd)
 
     def dma_read(self, address: int, buffer: memoryview) -> None:
         for start, stop in self._dma_chunks(len(buffer)):
@@ -336,20 +369,20 @@ class Session:
 
     def _request(self, command: Command, parts: list[m.Buffer]) -> Message:
         """Send a DMA request and serve the client's commands until its reply is there."""
-        if self._depth >= MAX_NESTING:
+        if self._context.depth >= MAX_NESTING:
             raise OSError(errno.EDEADLK, f"{MAX_NESTING} DMA requests await their replies already")
         connection, channel = self._twin or (self._connection, self._channel)
         deadline = time.monotonic() + self._dma_timeout
         msg_id, outgoing = connection.command(command, parts)
         self._framer.hold()
-        self._depth += 1
+        self._context.depth += 1
         try:
             channel.send(outgoing, deadline)
             reply = self._await_reply((id(connection), msg_id), deadline)
         except CallTimeoutError:
             raise OSError(errno.ETIMEDOUT, f"{command.name} was not answered in time") from None
         finally:
-            self._depth -= 1
+            self._context.depth -= 1
             connection.abandon(msg_id)
         if reply.is_error:
             raise OSError(reply.error or errno.EINVAL, f"{command.name} was refused")
@@ -373,7 +406,9 @@ class Session:
         if message is None:
             return False
         try:
-            if connection.check(message) and message.is_reply:
+            if connection.check(message):
+                if message.is_command:
+                    raise MessageError(f"{message!r} on the twin socket")
                 self._replies[id(connection), message.msg_id] = _kept(message)
             message.close()
         except ProtocolError as error:
@@ -389,7 +424,7 @@ class Session:
         for channel in channels:
             poll.register(channel.fileno(), select.POLLIN)
         ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-        if not ready:
+        if not ready or time.monotonic() >= deadline:
             raise CallTimeoutError("no reply in time")
         for channel in channels:
             if channel.fileno() in ready:
@@ -400,7 +435,12 @@ class Session:
 
         Later ones wait behind it: commands are served in order.
         """
-        return bool(self._postponed) or COMMANDS[message.command].quiesces or message.command == Command.DEVICE_FEATURE
+        return (
+            bool(self._postponed)
+            or self._parked is not None
+            or COMMANDS[message.command].quiesces
+            or message.command == Command.DEVICE_FEATURE
+        )
 
     def _postpone(self, message: Message) -> None:
         self._postponed.append(_kept(message))
@@ -421,8 +461,10 @@ class Session:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except ConnectionClosedError:
+        except (ConnectionClosedError, FramingError):
             raise
+        except (OSError, VfioUserError) as error:
+            logger.warning("deferred work ended: %s", error)
         except Exception:
             logger.exception("the device failed in deferred work")
 
@@ -457,6 +499,7 @@ class Session:
             self.unwatch(fd)
         self._epoll.unregister(self._channel.fileno())
         self._channel.close()
+        self._context.drop_reply_buffers()
         if self._twin is not None:
             self._twin[1].close()
         if self._twin_offer is not None:
