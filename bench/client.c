@@ -27,8 +27,8 @@
 
 #include "wire.h"
 
-enum { MEMORY_REGION = 0, CONTROL_REGION = 1 };
-enum { DIRTY_ALL = 0, MIG_BYTES_WRITTEN = 8 }; /* registers of the control region, 8 bytes each */
+enum { MEMORY_REGION = 0, CONTROL_REGION = 1, PORT_REGION = 2 };
+enum { DIRTY_ALL = 0, BYTES_TAKEN = 8 }; /* registers of the control region, 8 bytes each */
 enum { DIRTY_PAGE = 4096, CONNECT_SECONDS = 20, REPLY_SECONDS = 20 };
 
 static void *allocate(size_t size)
@@ -267,14 +267,30 @@ static void region_read_verify(struct run *run)
     expect(((struct region_access *)payload(run->x.reply))->data, run->size, 7, "REGION_READ");
 }
 
+static void expect_all_taken(struct run *run, const char *what)
+{
+    uint64_t taken = read_control(run->fd, BYTES_TAKEN);
+    if (taken != run->exchanges * run->size)
+        errx(EXIT_FAILURE, "%s: %lu bytes arrived of %lu", what, taken, run->exchanges * run->size);
+}
+
+static void region_write_prepare(struct run *run)
+{
+    write_control(run->fd, BYTES_TAKEN, 0);
+}
+
 static void region_write_build(struct run *run)
 {
-    run->x = region_access(REGION_WRITE, MEMORY_REGION, 0, run->size);
+    run->x = region_access(REGION_WRITE, PORT_REGION, 0, run->size);
     fill(((struct region_access *)payload(run->x.request))->data, run->size, 11);
 }
 
+/* The port has counted. What it was given is not to be seen there: the same once more goes to memory, and back. */
 static void region_write_verify(struct run *run)
 {
+    expect_all_taken(run, "REGION_WRITE");
+    ((struct region_access *)payload(run->x.request))->region = MEMORY_REGION;
+    call(run->fd, &run->x);
     struct exchange x = region_access(REGION_READ, MEMORY_REGION, 0, run->size);
     call(run->fd, &x);
     expect(((struct region_access *)payload(x.reply))->data, run->size, 11, "REGION_WRITE");
@@ -302,6 +318,7 @@ static void mig_read_verify(struct run *run)
 
 static void mig_write_prepare(struct run *run)
 {
+    write_control(run->fd, BYTES_TAKEN, 0);
     set_state(run->fd, RESUMING);
 }
 
@@ -314,9 +331,7 @@ static void mig_write_build(struct run *run)
 static void mig_write_verify(struct run *run)
 {
     set_state(run->fd, RUNNING);
-    uint64_t written = read_control(run->fd, MIG_BYTES_WRITTEN);
-    if (written != run->exchanges * run->size)
-        errx(EXIT_FAILURE, "MIG_DATA_WRITE: %lu bytes arrived of %lu", written, run->exchanges * run->size);
+    expect_all_taken(run, "MIG_DATA_WRITE");
 }
 
 static void report_prepare(struct run *run)
@@ -388,7 +403,7 @@ static const struct mode {
     void (*verify)(struct run *);   /* once, after the last */
 } modes[] = {
     {"region-read", region_read_prepare, region_read_build, nothing, call_exchange, region_read_verify},
-    {"region-write", nothing, region_write_build, nothing, call_exchange, region_write_verify},
+    {"region-write", region_write_prepare, region_write_build, nothing, call_exchange, region_write_verify},
     {"mig-read", mig_read_prepare, mig_read_build, nothing, call_exchange, mig_read_verify},
     {"mig-write", mig_write_prepare, mig_write_build, nothing, call_exchange, mig_write_verify},
     {"report", report_prepare, report_build, report_before, call_exchange, report_verify},

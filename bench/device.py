@@ -1,8 +1,9 @@
 """The device that the benchmarks talk to, behind ``vfio_user.Server``: ``device.py SOCKET [--spin MICROSECONDS]``.
 
 Region 0 is 1 MiB of memory. Region 1 holds two registers of 8 bytes: writing a length to the first marks guest
-memory from 0 to there dirty, as a device would that has just written all of it; the second reads how many bytes
-of migration data have arrived since RESUMING was entered. Migration data is a pattern without end.
+memory from 0 to there dirty, as a device would that has just written all of it; the second counts the bytes that
+went to region 2, a port of 1 MiB, and of migration data, and writing to it sets it. The port and RESUMING look at
+no byte of what they are given, as the plain stream does not; migration data to be read is a pattern without end.
 """
 
 from __future__ import annotations
@@ -15,28 +16,27 @@ from vfio_user.fds import OwnedFd
 from vfio_user.server import Region, Server, ServerBackend
 from vfio_user.wire.constants import DeviceState, MigrationFlags
 
-MEMORY, CONTROL = 0, 1
+MEMORY, CONTROL, PORT = 0, 1, 2
 MEMORY_SIZE = 1 << 20
-DIRTY_ALL, BYTES_WRITTEN = 0, 8
+DIRTY_ALL, BYTES_TAKEN = 0, 8
 PATTERN = bytes(range(251))
 
 
 class BenchDevice(ServerBackend):
-    regions = (Region(MEMORY_SIZE), Region(16))
+    regions = (Region(MEMORY_SIZE), Region(16), Region(MEMORY_SIZE))
 
     def __init__(self) -> None:
         self.memory = memoryview(bytearray(MEMORY_SIZE))
         self.saved = memoryview((PATTERN * (MEMORY_SIZE // len(PATTERN) + 1))[:MEMORY_SIZE])
-        self.loaded = memoryview(bytearray(MEMORY_SIZE))
-        self.bytes_loaded = 0
+        self.bytes_taken = 0
         self.state = DeviceState.RUNNING
         self.log = DirtyLog()
 
     def region_read(self, region: int, offset: int, data: memoryview) -> None:
         if region == MEMORY:
             data[:] = self.memory[offset : offset + len(data)]
-        elif offset == BYTES_WRITTEN:
-            data[:] = self.bytes_loaded.to_bytes(8, "little")
+        elif region == CONTROL and offset == BYTES_TAKEN:
+            data[:] = self.bytes_taken.to_bytes(8, "little")
 
     def region_view(self, region: int, offset: int, count: int) -> memoryview | None:
         return self.memory[offset : offset + count] if region == MEMORY else None
@@ -44,8 +44,12 @@ class BenchDevice(ServerBackend):
     def region_write(self, region: int, offset: int, data: memoryview) -> None:
         if region == MEMORY:
             self.memory[offset : offset + len(data)] = data
+        elif region == PORT:
+            self.bytes_taken += len(data)
         elif offset == DIRTY_ALL:
             self.log.mark(0, int.from_bytes(data, "little"))
+        elif offset == BYTES_TAKEN:
+            self.bytes_taken = int.from_bytes(data, "little")
 
     def dma_map(self, flags: int, offset: int, address: int, size: int, fd: OwnedFd | None) -> None:
         self.log.map(address, size)
@@ -61,8 +65,6 @@ class BenchDevice(ServerBackend):
 
     def migration_set_state(self, state: DeviceState) -> None:
         self.state = state
-        if state == DeviceState.RESUMING:
-            self.bytes_loaded = 0
 
     def migration_read_data(self, data: memoryview) -> int:
         data[:] = self.saved[: len(data)]
@@ -72,8 +74,7 @@ class BenchDevice(ServerBackend):
         return self.saved[:size]
 
     def migration_write_data(self, data: memoryview) -> None:
-        self.loaded[: len(data)] = data
-        self.bytes_loaded += len(data)
+        self.bytes_taken += len(data)
 
     def dma_logging_start(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> int:
         return self.log.start(page_size, ranges)

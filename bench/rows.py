@@ -28,7 +28,7 @@ from bench.harness import (
 
 KIB, MIB, GIB, TIB = (1 << shift for shift in (10, 20, 30, 40))
 
-SPIN = 200
+SPIN = 50
 """Microseconds that our server polls before it sleeps, in the row that says "spin"."""
 
 HEADER, ACCESS, MIG_DATA, REPORT = 16, 16, 8, 32

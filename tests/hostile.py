@@ -197,7 +197,7 @@ class ScriptedServer:
         """To what the server asked and no handler waited for."""
         self._answers = {**GOOD, **answers}
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:

@@ -32,6 +32,7 @@ from tests.hostile import (
     scripted,
     version_answer,
 )
+from vfio_user.client import RegionDescription
 from vfio_user.client.core import MAX_IRQS, MAX_REGIONS
 from vfio_user.errors import (
     CallTimeoutError,
@@ -42,6 +43,7 @@ from vfio_user.errors import (
     ProtocolError,
     UsageError,
 )
+from vfio_user.fds import OwnedFd
 from vfio_user.testing import no_fd_leaks
 from vfio_user.wire import messages as m
 from vfio_user.wire.capabilities import Capabilities, TwinSocketCapability
@@ -522,6 +524,15 @@ def test_an_area_that_leaves_its_file_is_not_mapped(
         with pytest.raises(OSError, match="region 0") as caught:
             client.regions[0].map()
         assert caught.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("area", [(0x800, 0x1000), (0x1000, 1), (0, 0)])
+def test_a_description_with_an_area_outside_of_it_is_not_mapped(kind: str, area: tuple[int, int], file: int) -> None:
+    """The same for both clients: what a caller made itself is checked where it is mapped."""
+    with OwnedFd.duplicate(file) as fd:
+        region = RegionDescription(0, 0x1000, RegionFlags(7), sparse_areas=(area,), fd=fd)
+        with pytest.raises(OSError, match="is not in it"):
+            region.map()
 
 
 def test_a_region_larger_than_any_address_space_is_not_mapped(kind: str) -> None:

@@ -152,10 +152,12 @@ class DirtyBitmap:
         report = _Report(iova, page_size, out)
         first = (low >> self._shift) - self._first_page
         last = (high - 1 >> self._shift) - self._first_page
-        cut_first = self._page_address(first) < low
-        cut_last = self._page_address(last + 1) > high
-        for page in self._pages_in_pieces(first, last):
-            self._report_pieces(page, low, high, report)
+        within_page = (1 << self._shift) - 1
+        cut_first = low & within_page != 0
+        cut_last = high & within_page != 0
+        if self._pieces:
+            for page in self._pages_in_pieces(first, last):
+                self._report_pieces(page, low, high, report)
         if cut_first:
             self._report_pieces(first, low, high, report)
         if cut_last:
@@ -426,22 +428,23 @@ class DirtyLog:
         or the page size is none or ``out`` too short; ENOENT where nothing in the range is mapped. Holes between
         what is mapped read clean.
         """
-        check_report(iova, length, page_size)
+        check_page_size(page_size)
         if out.nbytes < bitmap_size(length, page_size):
             raise OSError(errno.EINVAL, f"{out.nbytes} bytes are too few for a report of {length:#x} bytes")
         with self._lock:
             self._check_logged(iova, length)
-            for _, _, bitmap in self._bitmaps.overlapping(iova, length):
+            bitmaps = self._bitmaps.overlapping(iova, length)
+            if not bitmaps and not self._regions.overlapping(iova, length):
+                raise OSError(errno.ENOENT, f"nothing is mapped in {iova:#x}, {length:#x} bytes")
+            for _, _, bitmap in bitmaps:
                 bitmap.report(iova, length, page_size, out)
 
     def _check_logged(self, iova: int, length: int) -> None:
         if self._asked is None:
             raise OSError(errno.EINVAL, "DMA logging is off")
         found = self._ranges.find(iova)
-        if found is None or iova + length > found[0] + found[1]:
+        if found is None or length <= 0 or iova + length > found[0] + found[1]:
             raise OSError(errno.EINVAL, f"{iova:#x}, {length:#x} bytes, is not all being logged")
-        if not self._regions.overlapping(iova, length):
-            raise OSError(errno.ENOENT, f"nothing is mapped in {iova:#x}, {length:#x} bytes")
 
     def _in_ranges(self, address: int, size: int) -> Iterator[tuple[int, int]]:
         """The (address, size) parts of a region that are to be logged; none while logging is off."""

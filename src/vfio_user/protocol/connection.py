@@ -19,6 +19,7 @@ _pack_header = Header.LAYOUT.pack
 _REPLY = int(HeaderFlags.REPLY)
 _REPLY_ERROR = int(HeaderFlags.REPLY | HeaderFlags.ERROR)
 _NO_REPLY = int(HeaderFlags.NO_REPLY)
+_VERSION = int(Command.VERSION)
 
 MAX_PENDING = 1024
 """Commands of one side that may await their replies at once."""
@@ -118,13 +119,13 @@ class Connection:
 
     def _check_command(self, message: Message) -> None:
         row = COMMANDS.get(message.command)
-        if self.role is Role.SERVER and not self.negotiated and message.command != Command.VERSION:
+        if self.role is Role.SERVER and not self.negotiated and message.command != _VERSION:
             raise MessageError(f"{command_name(message.command)} before VERSION")
         if row is None:
             raise MessageError(f"{message.command} is no command")
         if row.sender is self.role:
             raise MessageError(f"a {self.role.value} does not take {row.command.name}")
-        if self.negotiated and message.command == Command.VERSION:
+        if self.negotiated and message.command == _VERSION:
             raise MessageError("VERSION again: it was negotiated already")
         if message.fault:
             raise MessageError(message.fault)

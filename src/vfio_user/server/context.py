@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
+from vfio_user.dma.bitmap import clear_bitmap
 from vfio_user.dma.iova import IovaTable
 from vfio_user.errors import MessageError
 from vfio_user.server.backend import Irq, Region, ServerBackend
@@ -66,8 +67,8 @@ class Context:
     def __post_init__(self) -> None:
         self.refresh_access()
 
-    def reply_buffer(self, size: int) -> memoryview:
-        """``size`` bytes for a reply, holding anything, to be used until that reply is sent.
+    def reply_buffer(self, size: int, *, zeroed: bool = False) -> memoryview:
+        """``size`` bytes for a reply, holding anything unless ``zeroed``, to be used until that reply is sent.
 
         A large buffer is kept for the next one: the kernel takes longer to provide 32 MiB than a device to fill
         them. There is one at each depth, as a reply may be made while another one is being made.
@@ -76,7 +77,9 @@ class Context:
             return memoryview(bytearray(size))
         buffer = self._reply_buffers.get(self.depth)
         if buffer is None or len(buffer) < size:
-            buffer = self._reply_buffers[self.depth] = bytearray(size)
+            self._reply_buffers[self.depth] = buffer = bytearray(size)
+        elif zeroed:
+            clear_bitmap(memoryview(buffer)[:size])
         return memoryview(buffer)[:size]
 
     def drop_reply_buffers(self) -> None:

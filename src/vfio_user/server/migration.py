@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vfio_user.dma.bitmap import bitmap_size, check_logging_ranges, check_report, clear_bitmap
+from vfio_user.dma.bitmap import bitmap_size, check_logging_ranges, check_report
 from vfio_user.errors import MessageError
 from vfio_user.migration.states import RUNNING_STATES, SAVING_STATES
 from vfio_user.protocol import Message
@@ -30,17 +30,17 @@ _LOADING_STATES = frozenset({DeviceState.RESUMING})
 class FeatureSpec(NamedTuple):
     """What serves an operation of a feature, and the hook that it needs."""
 
-    serve: Callable[[Context, Message], Reply]
+    serve: Callable[[Context, m.Feature, Message], Reply]
     hook: str
 
 
 def device_feature(context: Context, message: Message) -> Reply:
     """An unknown feature, an operation that it lacks, a device that cannot migrate: EINVAL."""
     request = m.Feature.parse(message.payload)
-    supported = _supported(context, request.index)
-    operation = request.operation
+    index, operation = request.index, request.operation
+    supported = _supported(context, index)
     if not supported or operation & ~(supported | _PROBE):
-        raise MessageError(f"feature {request.index} does not support {operation:#x} here")
+        raise MessageError(f"feature {index} does not support {operation:#x} here")
     if operation & _PROBE:
         check_argsz(request.argsz, len(message.payload))
         return Reply([bytes(message.payload)])
@@ -48,20 +48,20 @@ def device_feature(context: Context, message: Message) -> Reply:
         raise MessageError(f"DEVICE_FEATURE flags {request.flags:#x}: one of GET and SET, or PROBE")
     if operation == _SET:
         check_argsz(request.argsz, len(message.payload))
-    return _FEATURES[request.index, operation].serve(context, message)
+    return _FEATURES[index, operation].serve(context, request, message)
 
 
 def _supported(context: Context, index: int) -> int:
     """The operations, besides PROBE, that the backend has for a feature."""
-    backend = type(context.backend)
     if not context.migratable:
         return 0
-    rows = ((operation, _FEATURES.get((index, operation))) for operation in (_GET, _SET))
-    return sum(
-        operation
-        for operation, row in rows
-        if row is not None and getattr(backend, row.hook) is not getattr(ServerBackend, row.hook)
-    )
+    backend = type(context.backend)
+    supported = 0
+    for operation in (_GET, _SET):
+        row = _FEATURES.get((index, operation))
+        if row is not None and getattr(backend, row.hook) is not getattr(ServerBackend, row.hook):
+            supported |= operation
+    return supported
 
 
 def quiesces(message: Message) -> bool:
@@ -74,23 +74,22 @@ def quiesces(message: Message) -> bool:
     return m.FeatureDeviceState.parse(message.payload, _HEAD).device_state not in RUNNING_STATES
 
 
-def _get(message: Message, *parts: m.Buffer) -> Reply:
+def _get(request: m.Feature, *parts: m.Buffer) -> Reply:
     """The reply to a GET: the argsz that it takes, the flags as they came, the feature's data."""
-    request = m.Feature.parse(message.payload)
     size = _HEAD + sum(map(len, parts))
     check_argsz(request.argsz, size)
-    return Reply([m.Feature(size, request.flags).pack(), *parts])
+    return Reply([m.Feature.LAYOUT.pack(size, request.flags), *parts])
 
 
-def _get_migration(context: Context, message: Message) -> Reply:
-    return _get(message, m.FeatureMigration(int(context.backend.migration_flags())).pack())
+def _get_migration(context: Context, request: m.Feature, message: Message) -> Reply:
+    return _get(request, m.FeatureMigration(int(context.backend.migration_flags())).pack())
 
 
-def _get_device_state(context: Context, message: Message) -> Reply:
-    return _get(message, m.FeatureDeviceState(int(context.backend.migration_get_state())).pack())
+def _get_device_state(context: Context, request: m.Feature, message: Message) -> Reply:
+    return _get(request, m.FeatureDeviceState(int(context.backend.migration_get_state())).pack())
 
 
-def _set_device_state(context: Context, message: Message) -> Reply:
+def _set_device_state(context: Context, request: m.Feature, message: Message) -> Reply:
     number = m.FeatureDeviceState.parse(message.payload, _HEAD).device_state
     try:
         state = DeviceState(number)
@@ -104,11 +103,11 @@ def _set_device_state(context: Context, message: Message) -> Reply:
     return Reply([echo])
 
 
-def _get_data_size(context: Context, message: Message) -> Reply:
-    return _get(message, m.FeatureDataSize(context.backend.migration_data_size()).pack())
+def _get_data_size(context: Context, request: m.Feature, message: Message) -> Reply:
+    return _get(request, m.FeatureDataSize(context.backend.migration_data_size()).pack())
 
 
-def _logging_start(context: Context, message: Message) -> Reply:
+def _logging_start(context: Context, request: m.Feature, message: Message) -> Reply:
     control = m.LoggingControl.parse(message.payload, _HEAD)
     first = _HEAD + m.LoggingControl.LAYOUT.size
     size = m.LoggingRange.LAYOUT.size
@@ -126,25 +125,23 @@ def _logging_start(context: Context, message: Message) -> Reply:
     return Reply([echo])
 
 
-def _logging_stop(context: Context, message: Message) -> Reply:
+def _logging_stop(context: Context, request: m.Feature, message: Message) -> Reply:
     echo = bytes(message.payload)
     context.backend.dma_logging_stop()
     context.drop_reply_buffers()
     return Reply([echo])
 
 
-def _logging_report(context: Context, message: Message) -> Reply:
+def _logging_report(context: Context, request: m.Feature, message: Message) -> Reply:
     report = m.LoggingReport.parse(message.payload, _HEAD)
     check_report(report.iova, report.length, report.page_size)
     size = bitmap_size(report.length, report.page_size)
     if size > MAX_BITMAP_SIZE:
         raise MessageError(f"a dirty bitmap of {size} bytes: at most {MAX_BITMAP_SIZE}")
-    check_argsz(m.Feature.parse(message.payload).argsz, _HEAD + m.LoggingReport.LAYOUT.size + size)
+    bitmap = context.reply_buffer(size, zeroed=True)
+    reply = _get(request, bytes(message.payload[_HEAD : _HEAD + report.LAYOUT.size]), bitmap)
     if not context.maps.overlapping(report.iova, report.length):
         raise MessageError(f"nothing is mapped at {report.iova:#x}, {report.length:#x} bytes", errno.ENOENT)
-    bitmap = context.reply_buffer(size)
-    clear_bitmap(bitmap)
-    reply = _get(message, bytes(message.payload[_HEAD : _HEAD + report.LAYOUT.size]), bitmap)
     context.backend.dma_logging_report(report.iova, report.length, report.page_size, bitmap)
     return reply
 

@@ -15,13 +15,12 @@ import time
 
 from vfio_user.errors import CallTimeoutError, ConnectionClosedError
 from vfio_user.protocol import Framer, Outgoing
-from vfio_user.transport.ancillary import ANCILLARY_SIZE, pack_fds, skip_sent, take_fds
+from vfio_user.transport.ancillary import ANCILLARY_SIZE, Ancillary, pack_fds, skip_sent, take_fds
 
 # As plain integers: "|" and "&" of the enum members that socket has cost as much as a system call.
 _RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
 _SEND_FLAGS = int(socket.MSG_NOSIGNAL)
 _TRUNCATED = int(socket.MSG_CTRUNC)
-_WAITALL = int(socket.MSG_WAITALL)
 _SEND_BUFFER = 512 << 10
 """Bytes asked for to hold what the peer has not taken yet: a message of 1 MiB wakes it less often than with less."""
 _SEND_SLICE = 0.25
@@ -50,12 +49,9 @@ class Channel:
 
         Raises ConnectionClosedError at the end of the stream, BlockingIOError with MSG_DONTWAIT and nothing there.
         """
-        return self._receive_into(self.framer.space(), _RECEIVE_FLAGS | flags)
-
-    def _receive_into(self, space: list[memoryview], flags: int) -> bool:
         framer = self.framer
         try:
-            count, ancillary, got, _ = self.socket.recvmsg_into(space, ANCILLARY_SIZE, flags)
+            count, ancillary, got, _ = self.socket.recvmsg_into(framer.space(), ANCILLARY_SIZE, _RECEIVE_FLAGS | flags)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -63,20 +59,41 @@ class Channel:
         if count and not ancillary and not got & _TRUNCATED:
             framer.end += count  # as received() does, which need not be called for that
             return False
-        framer.received(count, take_fds(ancillary), truncated=bool(got & _TRUNCATED))
+        self._received_more(count, ancillary, got)
+        return True
+
+    def receive_rest(self) -> None:
+        """As :meth:`receive`; of a message that has begun, wait for all of it, or until descriptors come.
+
+        Not by MSG_WAITALL: that sleeps and is woken once for every piece that the peer's kernel hands over, which
+        across cores takes longer than to let a few of them gather meanwhile.
+        """
+        framer = self.framer
+        missing = framer.missing
+        if not missing:
+            self.receive()
+            return
+        receive = self.socket.recvmsg_into
+        rest = framer.space()[0][:missing]
+        while rest:
+            try:
+                count, ancillary, got, _ = receive([rest], ANCILLARY_SIZE, _RECEIVE_FLAGS)
+            except OSError as error:
+                raise ConnectionClosedError(f"receiving: {error}") from error
+            if not count or ancillary or got & _TRUNCATED:
+                self._received_more(count, ancillary, got)
+                return
+            framer.end += count
+            rest = rest[count:]
+
+    def _received_more(self, count: int, ancillary: Ancillary, flags: int) -> None:
+        """Take what came with ``count`` bytes; raises ConnectionClosedError if those are none."""
+        framer = self.framer
+        framer.received(count, take_fds(ancillary), truncated=bool(flags & _TRUNCATED))
         if not count:
             raise ConnectionClosedError(
                 "the peer closed the connection in mid-message" if framer.mid_message else "the peer closed"
             )
-        return True
-
-    def receive_rest(self) -> None:
-        """As :meth:`receive`; of a large message that has begun, wait for all: one call, not one for each part."""
-        missing = self.framer.missing
-        if missing:
-            self._receive_into([self.framer.space()[0][:missing]], _RECEIVE_FLAGS | _WAITALL)
-        else:
-            self.receive()
 
     def receive_before(self, deadline: float) -> None:
         """As :meth:`receive`; raises CallTimeoutError when nothing has come at ``deadline`` (time.monotonic)."""
