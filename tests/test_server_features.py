@@ -229,6 +229,63 @@ def test_row19_a_device_that_cannot_migrate(kind: type[RecordingBackend], caplog
     assert_quiet(caplog)
 
 
+class Stateless(MigratableBackend):
+    """Migrates, and cannot say its state."""
+
+    migration_get_state = RecordingBackend.migration_get_state
+
+
+class Busy(MigratableBackend):
+    def migration_get_state(self) -> DeviceState:
+        raise OSError(errno.EBUSY, "not now")
+
+
+class Broken(MigratableBackend):
+    def migration_get_state(self) -> DeviceState:
+        raise KeyError("a bug")
+
+
+class WithBrokenFlags(MigratableBackend):
+    def migration_flags(self) -> MigrationFlags:
+        raise KeyError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [(Stateless, errno.EINVAL), (Busy, errno.EBUSY), (Broken, errno.EIO), (WithBrokenFlags, errno.EIO)],
+)
+def test_a_backend_that_fails_to_say_its_state(kind: type[MigratableBackend], error: int) -> None:
+    """The command that asks is refused; the connection, the server and everything else live."""
+    with recording(kind()) as backend, serving(backend) as served:
+        for _ in range(2):
+            peer = served.client()
+            assert peer.refused(FEATURE, feature(STATE, GET)) == error
+            assert peer.refused(DATA_READ, data_read(8)) == error
+            peer.region_write(0, 0, b"data")
+            peer.ok(RESET)
+            peer.close()
+
+
+def test_row19_hooks_that_an_object_has_and_its_class_has_not() -> None:
+    lacking = WithoutSize()
+    lacking.migration_data_size = lambda: 7  # type: ignore[method-assign]
+    with recording(lacking), serving(lacking) as served:
+        assert served.client().ok(FEATURE, feature(SIZE, GET)) == struct.pack("<IIQ", 16, SIZE | GET, 7)
+
+
+class PlainState(MigratableBackend):
+    """Gives its state as a plain number."""
+
+    def migration_get_state(self) -> DeviceState:
+        return 2  # type: ignore[return-value]
+
+
+def test_row31_a_state_that_is_a_plain_number(caplog: pytest.LogCaptureFixture) -> None:
+    with recording(PlainState()) as backend, serving(backend) as served:
+        assert served.client().refused(DATA_READ, data_read(8)) == errno.EINVAL
+    assert_quiet(caplog)
+
+
 class WithoutSize(MigratableBackend):
     """Migrates, but has no estimate and no dirty log."""
 

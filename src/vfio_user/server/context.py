@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -13,6 +14,8 @@ from vfio_user.server.backend import Irq, Region, ServerBackend
 from vfio_user.wire.capabilities import Capabilities
 from vfio_user.wire.constants import DEFAULT_DATA_XFER_SIZE, DEFAULT_DMA_MAPS, DeviceState, PciRegion, RegionFlags
 from vfio_user.wire.messages import Buffer
+
+logger = logging.getLogger("vfio_user.server")
 
 T = TypeVar("T")
 
@@ -95,7 +98,7 @@ class Context:
     @property
     def migratable(self) -> bool:
         try:
-            return bool(self.backend.migration_flags())
+            return self.backend.migration_flags() != 0
         except OSError:
             return False
 
@@ -105,9 +108,19 @@ class Context:
         In STOP_COPY the state is on its way: a BAR that changed now would be lost, and is not accessed. Config
         space is served in every state.
         """
-        frozen = self.migratable and self.backend.migration_get_state() == DeviceState.STOP_COPY
+        frozen = self._frozen()
         self.readable = self._limits(RegionFlags.READ, frozen)
         self.writable = self._limits(RegionFlags.WRITE, frozen)
+
+    def _frozen(self) -> bool:
+        """Whether the device is in STOP_COPY. One that fails to say so is not: nobody waits for the answer."""
+        try:
+            return self.migratable and self.backend.migration_get_state() == DeviceState.STOP_COPY
+        except OSError:
+            return False
+        except Exception:
+            logger.exception("the device failed to say its migration state")
+            return False
 
     def _limits(self, flag: int, frozen: bool) -> list[int]:
         return [

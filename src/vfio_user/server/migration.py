@@ -55,13 +55,17 @@ def _supported(context: Context, index: int) -> int:
     """The operations, besides PROBE, that the backend has for a feature."""
     if not context.migratable:
         return 0
-    backend = type(context.backend)
     supported = 0
     for operation in (_GET, _SET):
         row = _FEATURES.get((index, operation))
-        if row is not None and getattr(backend, row.hook) is not getattr(ServerBackend, row.hook):
+        if row is not None and _overrides(context.backend, row.hook):
             supported |= operation
     return supported
+
+
+def _overrides(backend: ServerBackend, hook: str) -> bool:
+    """Whether a hook is the backend's own: of its class, or of this object."""
+    return getattr(getattr(backend, hook), "__func__", None) is not getattr(ServerBackend, hook)
 
 
 def quiesces(message: Message) -> bool:
@@ -165,7 +169,7 @@ def _check_data(context: Context, request: m.MigData, states: frozenset[DeviceSt
     check_argsz(request.argsz, m.MigData.LAYOUT.size + request.size)
     state = context.backend.migration_get_state()
     if state not in states:
-        raise MessageError(f"migration data in state {state.name}")
+        raise MessageError(f"migration data in state {state!r}")
 
 
 def mig_data_read(context: Context, message: Message) -> Reply:
@@ -180,7 +184,7 @@ def mig_data_read(context: Context, message: Message) -> Reply:
         buffer = context.reply_buffer(request.size)
         data = buffer[: _checked_count(context.backend.migration_read_data(buffer), request.size)]
     count = _checked_count(data.nbytes, request.size)
-    return Reply([m.MigData(m.MigData.LAYOUT.size + count, count).pack(), data.cast("B")])
+    return Reply([m.MigData.LAYOUT.pack(m.MigData.LAYOUT.size + count, count), data.cast("B")])
 
 
 def _checked_count(count: int, most: int) -> int:
