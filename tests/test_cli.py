@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,7 +192,10 @@ def test_peek_and_poke(edu: Path) -> None:
         "config+0x2:u16 = 0x11e8",
     ]
     refused = run("read", edu, "bar3+0")
-    assert (refused.returncode, refused.stderr) == (1, "vfio-user: REGION_READ refused: Invalid argument\n")
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        "vfio-user: bar3+0x0:u32: REGION_READ refused: Invalid argument\n",
+    )
 
 
 def test_info_tells_everything(edu: Path) -> None:
@@ -245,6 +249,84 @@ def test_demo_for_people(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.touch()
     assert run("demo", "--input", empty).returncode == 2
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@contextmanager
+def slow_demo(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A demo in the middle of its first round, which lasts some seconds, and its two device processes."""
+    data = tmp_path / "input"
+    data.write_bytes(bytes(2 << 20))
+    command = [*COMMAND, "demo", "--json", "--input", str(data), "--bandwidth", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while len(devices := children(process.pid)) < 2 and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(1.0)  # both plugged in, well before the round's end
+            yield process, devices
+        finally:
+            process.kill()
+
+
+@pytest.mark.timeout(60)
+def test_demo_reports_the_step_that_failed(tmp_path: Path) -> None:
+    with slow_demo(tmp_path) as (process, devices):
+        os.kill(devices[0], signal.SIGKILL)
+        out, complaint = process.communicate(timeout=TIMEOUT)
+    report = json.loads(out)
+    assert process.returncode == 1
+    assert (report["status"], report["verified"]) == ("failed", False)
+    assert report["failed_step"] in complaint
+    assert len(complaint.splitlines()) == 1
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("number", "status", "lines"), [(signal.SIGINT, 1, 1), (signal.SIGTERM, -signal.SIGTERM, 0)], ids=["INT", "TERM"]
+)
+def test_an_interrupted_demo_leaves_nothing_running(tmp_path: Path, number: int, status: int, lines: int) -> None:
+    with slow_demo(tmp_path) as (process, _):
+        process.send_signal(number)
+        out, complaint = process.communicate(timeout=TIMEOUT)  # until its devices closed their stderr, too
+    assert (process.returncode, out, len(complaint.splitlines())) == (status, "", lines)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("class X(", "SyntaxError"),
+        ("raise RuntimeError('boom')", "RuntimeError: boom"),
+        ("import nosuchmodule", "ModuleNotFoundError"),
+        ("from vfio_user import Device\nclass X(Device):\n def __init__(self): raise KeyError('k')", "KeyError: 'k'"),
+    ],
+)
+def test_a_fault_of_a_device_file_is_one_line(tmp_path: Path, code: str, reason: str) -> None:
+    path = tmp_path / "faulty.py"
+    path.write_text(code)
+    done = run("serve", f"{path}:X", "--socket-path", tmp_path / "sock")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert reason in done.stderr
+    assert "Traceback" in run("-v", "serve", f"{path}:X", "--socket-path", tmp_path / "sock").stderr
+
+
+def test_what_fails_is_named(edu: Path, tmp_path: Path) -> None:
+    for arguments, status, culprit in (
+        (("read", edu, "bar0+0x100000"), 1, "bar0+0x100000:u32"),
+        (("write", edu, "bar1=0"), 1, "bar1+0x0:u32"),
+        (("read", edu, "4294967296"), 2, "4294967296"),
+        (("info", tmp_path / ("x" * 200)), 1, "xxxx"),
+        (("info", edu, "--timeout", "nan"), 2, "nan"),
+        (("info", edu, "--timeout", "1e30"), 2, "1e+30"),
+        (("serve", "edu", "--fd", "77"), 1, "--fd 77"),
+        (("serve", "edu", "--socket-path", tmp_path / "missing" / "sock"), 1, "missing/sock"),
+        (("serve", ":X", "--socket-path", tmp_path / "sock"), 2, ":"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == status, arguments
+        assert culprit in done.stderr.splitlines()[-1], arguments
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,8 @@ class TestIvshmem:
             {"size": 4096, "trapped": 4096},
             {"size": 4096, "trapped": 4097},
             {"trapped": -1},
+            {"trapped": -4096},
+            {"trapped": 1 << 20, "size": 1 << 20},
             {"vectors": 0},
             {"vectors": -1},
             {"vectors": 2049},

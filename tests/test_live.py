@@ -17,7 +17,7 @@ from vfio_user import Client, Device, DeviceState, Server
 from vfio_user.devices import edu
 from vfio_user.devices.edu import Edu
 from vfio_user.devices.gpio import Gpio
-from vfio_user.errors import MigrationError
+from vfio_user.errors import ConnectionClosedError, MigrationError
 from vfio_user.fds import OwnedFd
 from vfio_user.live import MemoryCopy, MemoryRegion, Migration, Round, Step
 
@@ -235,6 +235,34 @@ def test_a_destination_that_is_gone_leaves_the_source_running(sides: tuple[Side,
     assert resumed == [True]
     assert source.client.migration_get_state() == DeviceState.RUNNING
     assert not source.device.dma.log.active
+
+
+def test_a_destination_that_cannot_be_reset_is_left(sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, destination = sides
+
+    def refuse() -> None:
+        raise OSError(5, "no")
+
+    monkeypatch.setattr(destination.device, "reset", refuse)
+    job = migration(source, destination, pause=trouble)
+    with pytest.raises(TroubleError):
+        list(job.run())
+    assert source.client.migration_get_state() == DeviceState.RUNNING
+    with pytest.raises(ConnectionClosedError):
+        destination.client.migration_get_state()
+
+
+def test_a_guest_that_does_not_go_on_is_in_the_report(sides: tuple[Side, Side]) -> None:
+    source, destination = sides
+
+    def refuse() -> None:
+        raise OSError(5, "the guest stays where it is")
+
+    job = migration(source, destination, pause=destination.client.close, resume_source=refuse)
+    with pytest.raises(MigrationError):
+        list(job.run())
+    assert job.report.error is not None
+    assert "the guest stays where it is" in job.report.error
 
 
 def test_a_source_that_dies_after_the_switch_over_does_not_matter(sides: tuple[Side, Side]) -> None:

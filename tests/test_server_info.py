@@ -81,6 +81,14 @@ def test_get_region_info(peer: RawPeer, index: int, flags: int, size: int) -> No
     assert reply.fds == []
 
 
+def test_a_region_of_size_0_does_not_exist(backend: RecordingBackend, served: Serving) -> None:
+    """Whatever its other fields say."""
+    backend.regions[5] = Region()
+    peer = served.client()
+    assert peer.ok(5, region_info(32, 5)) == struct.pack("<IIIIQQ", 32, 0, 5, 0, 0, 0)
+    assert peer.refused(6, four(16, 0, 5, 0)) == errno.EINVAL
+
+
 def test_row13_sparse_areas_in_the_reply(backend: RecordingBackend, peer: RawPeer) -> None:
     reply = peer.call(5, region_info(80, 3))
     assert reply.payload == struct.pack("<IIIIQQ", 80, 3 | 4 | 8, 3, 32, 0x3000, 0x1000) + struct.pack(

@@ -127,11 +127,12 @@ def test_what_is_no_socket_is_not_replaced(backend: MigratableBackend, tmp_path:
     assert path.read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", ["no such directory/s", "x" * 200])
-def test_paths_that_cannot_be(backend: MigratableBackend, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "error"), [("no such directory/s", errno.ENOENT), ("x" * 200, errno.ENAMETOOLONG)])
+def test_paths_that_cannot_be(backend: MigratableBackend, tmp_path: Path, name: str, error: int) -> None:
     before = open_fds()
-    with pytest.raises(OSError, match=r"No such file|too long"):
+    with pytest.raises(OSError, match=r"No such file|too long") as caught:
         Server(backend, tmp_path / name)
+    assert (caught.value.errno, caught.value.filename) == (error, str(tmp_path / name))
     assert open_fds() <= before
 
 

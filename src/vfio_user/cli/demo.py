@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
@@ -18,6 +17,7 @@ from vfio_user.tools import demo as job
 from vfio_user.wire.constants import PAGE_SIZE
 
 MIB = 1 << 20
+MOST_FINDINGS = 10
 
 
 @click.command()
@@ -53,15 +53,15 @@ def demo(as_json: bool, input_path: Path | None, bandwidth: int) -> None:
         click.echo(json.dumps(outcome.as_dict()))
     else:
         console.print(render(outcome))
-    if not outcome.verified:
-        for finding in outcome.findings[:10]:
-            print(f"vfio-user: {finding}", file=sys.stderr)
+    if outcome.report.status != "completed":
+        raise MigrationError(f"{outcome.report.step} failed: {outcome.report.error}")
+    if outcome.findings:
         raise MigrationError(f"{len(outcome.findings)} differences after the migration")
 
 
 def render(outcome: job.Outcome) -> Group:
     """The report as a person wants to read it."""
-    return Group(_rounds(outcome), _verdict(outcome))
+    return Group(_rounds(outcome), _verdict(outcome), *outcome.findings[:MOST_FINDINGS])
 
 
 def _rounds(outcome: job.Outcome) -> Table:
@@ -92,6 +92,13 @@ def _verdict(outcome: job.Outcome) -> Panel:
         ("guest's work", f"{outcome.blocks_before:,} blocks before, {outcome.blocks_after:,} after the switch-over"),
     ):
         facts.add_row(name, value)
-    good = outcome.verified
-    title = "verified: memory and device are what they must be" if good else "NOT what it must be"
-    return Panel(facts, title=title, border_style="green" if good else "red", expand=False)
+    title, style = _title(outcome)
+    return Panel(facts, title=title, border_style=style, expand=False)
+
+
+def _title(outcome: job.Outcome) -> tuple[str, str]:
+    if outcome.verified:
+        return "verified: memory and device are what they must be", "green"
+    if outcome.report.status == "completed":
+        return "NOT what it must be", "red"
+    return f"failed: {outcome.report.step}", "red"

@@ -7,24 +7,30 @@ from typing import Any
 
 import click
 
+from vfio_user.cli.reasons import naming
 from vfio_user.client import Client
 from vfio_user.tools.info import gather
 from vfio_user.tools.location import Location, parse_assignment
 
+MIN_TIMEOUT, MAX_TIMEOUT = 0.01, 86400.0
+
+
+def _seconds(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if not MIN_TIMEOUT <= value <= MAX_TIMEOUT:  # NaN is not either, which FloatRange would take
+        raise click.BadParameter(f"{value} is not in the range {MIN_TIMEOUT} to {MAX_TIMEOUT:.0f}")
+    return value
+
+
 timeout_option = click.option(
-    "--timeout", default=5.0, show_default=True, type=click.FloatRange(min=0.01), help="Seconds for each call."
+    "--timeout", default=5.0, show_default=True, type=float, callback=_seconds, help="Seconds for each call."
 )
 socket_argument = click.argument("path", metavar="SOCKET", type=click.Path())
 
 
 def connect(path: str, timeout: float) -> Client:
-    """A client of the server at ``path``; what connect(2) refuses names it."""
-    try:
+    """A client of the server at ``path``; what fails names it."""
+    with naming(path):
         return Client.connect(path, timeout)
-    except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = path
-        raise
 
 
 @click.command()
@@ -79,7 +85,8 @@ def read(path: str, places: tuple[str, ...], timeout: float) -> None:
     locations = [Location.parse(place) for place in places]
     with connect(path, timeout) as client:
         for location in locations:
-            data = client.region_read(location.region, location.offset, location.width)
+            with naming(location):
+                data = client.region_read(location.region, location.offset, location.width)
             click.echo(f"{location} = {int.from_bytes(data, 'little'):#0{2 + 2 * location.width}x}")
 
 
@@ -92,4 +99,5 @@ def write(path: str, assignments: tuple[str, ...], timeout: float) -> None:
     writes = [parse_assignment(text) for text in assignments]
     with connect(path, timeout) as client:
         for location, value in writes:
-            client.region_write(location.region, location.offset, value.to_bytes(location.width, "little"))
+            with naming(location):
+                client.region_write(location.region, location.offset, value.to_bytes(location.width, "little"))

@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from vfio_user import __version__
+from vfio_user.cli.reasons import describe
 from vfio_user.errors import UsageError, VfioUserError
 
 COMMANDS = {
@@ -38,6 +39,12 @@ class _LazyGroup(click.Group):
         command: click.Command = getattr(import_module(module), name)
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # click would print an empty line first
+            raise click.Abort from None
+
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-v", "--verbose", count=True, help="Log more; twice: every refused command.")
@@ -59,23 +66,15 @@ def _run() -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except click.Abort:
         return _fail("interrupted")
     except UsageError as error:
-        print(f"vfio-user: {error}", file=sys.stderr)
-        return 2
+        return _fail(describe(error), 2)
     except (VfioUserError, OSError) as error:
-        return _fail(_describe(error))
+        return _fail(describe(error))
     return 0
 
 
-def _describe(error: Exception) -> str:
-    """One line. What the operating system refused names the file that it was about."""
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, VfioUserError):
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
-
-
-def _fail(reason: str) -> int:
+def _fail(reason: str, status: int = 1) -> int:
     print(f"vfio-user: {reason}", file=sys.stderr)
-    return 1
+    return status

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 
+from vfio_user.cli.reasons import naming
 from vfio_user.device import Device
-from vfio_user.errors import UsageError
 from vfio_user.server import Server
-from vfio_user.tools.load import load_device, parse_options
+from vfio_user.tools.load import make_device
 
 MICROSECOND = 1e-6
 
@@ -33,13 +33,11 @@ def serve(device: str, socket_path: str | None, fd: int | None, options: tuple[s
     """Serve DEVICE until SIGTERM: a built-in name, pkg.mod:Class or ./file.py:Class."""
     if (socket_path is None) == (fd is None):
         raise click.UsageError("give one of --socket-path and --fd")
-    device_class = load_device(device)
-    try:
-        backend = device_class(**parse_options(device_class, options))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{device}: {error}") from error
+    backend = make_device(device, options)
     _raise_fd_limit()
-    with Server(backend, socket_path, fd=fd, spin=spin * MICROSECOND) as server:
+    with naming(f"--fd {fd}" if socket_path is None else socket_path):
+        server = Server(backend, socket_path, fd=fd, spin=spin * MICROSECOND)
+    with server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.shutdown())
         if socket_path is not None:

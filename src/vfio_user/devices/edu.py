@@ -46,13 +46,13 @@ _U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
 class Edu(Device):
     """1234:11e8, one BAR of 1 MiB. Below 0x80 only accesses of 4 bytes count, from there on 4 and 8."""
 
-    vendor_id, device_id, revision = 0x1234, 0x11E8, 0x10
+    vendor_id, device_id, revision, class_code = 0x1234, 0x11E8, 0x10, 0x00FF00
     bars = {0: Bar(1 << 20)}
     intx = True
     msi_vectors = 1
     migration = MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY
 
-    dma_mask = option(_U64, "bits of a DMA address that the device has")
+    dma_mask = option(_U64, "mask of a DMA address: 0xfffffff has QEMU's 28 bits")
 
     identification = IDENTIFICATION
     liveness = state(0)

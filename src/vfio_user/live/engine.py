@@ -10,7 +10,8 @@ The steps, in order; until the last one nothing is lost whatever fails::
     LOAD       the destination takes the state
     START      the destination runs, the guest goes on there
 
-When a step fails the source runs again, its log is off and its guest goes on, and the destination is reset.
+When a step fails the source runs again, its log is off and its guest goes on, and the destination is reset, or, if it
+does not answer, disconnected: exactly one of the two has memory to work on.
 """
 
 from __future__ import annotations
@@ -182,8 +183,8 @@ class Migration:
 
     def _start_logging(self) -> None:
         ranges = [(region.address, region.size) for region in self._memory.regions]
+        self._logging = True  # even if the answer is lost: stopping a log that is off does no harm
         chosen = self._source.dma_logging_start(PAGE_SIZE, ranges)
-        self._logging = True
         if chosen > PAGE_SIZE:
             self._memory = MemoryCopy(self._memory.regions, chosen, self._memory.guest_dirty)
 
@@ -256,18 +257,26 @@ class Migration:
         if self.report.step is Step.CHECK:
             return
         undo: list[Callable[[], None]] = [
-            self._destination.reset,
+            self._reset_destination,
             lambda: self._source.migration_set_state(DeviceState.RUNNING),
         ]
         if self._logging:
             undo.append(self._source.dma_logging_stop)
+        if self._paused_at is not None:
+            undo.append(self._resume_source)
         for part in undo:
             try:
                 part()
             except (VfioUserError, OSError) as error:
                 self.report.error = f"{self.report.error}; while rolling back: {error}"
-        if self._paused_at is not None:
-            self._resume_source()
+
+    def _reset_destination(self) -> None:
+        """A destination that cannot be reset is left: what it does then reaches no memory and no interrupt."""
+        try:
+            self._destination.reset()
+        except BaseException:
+            self._destination.close()
+            raise
 
 
 def _identity(client: Client) -> str:

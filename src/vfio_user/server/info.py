@@ -32,7 +32,8 @@ def get_region_info(context: Context, message: Message) -> Reply:
     check_argsz(request.argsz, base)
     region = context.region(request.index)
     fds = [region.fd] if region.fd is not None and region.size and context.client.msg_fds else []
-    flags = region.flags & (RegionFlags.READ | RegionFlags.WRITE) | (RegionFlags.MMAP if fds else 0)
+    access = region.flags & (RegionFlags.READ | RegionFlags.WRITE) if region.size else 0
+    flags = access | (RegionFlags.MMAP if fds else 0)
     chain = m.pack_sparse_areas(region.sparse_areas) if fds and region.sparse_areas else b""
     argsz = base + len(chain)
     cap_offset = 0
@@ -54,7 +55,7 @@ def get_region_io_fds(context: Context, message: Message) -> Reply:
     if request.flags or request.count:
         raise MessageError("flags and count of GET_REGION_IO_FDS must be 0")
     region = context.region(request.index)
-    if not region.flags:
+    if not region.flags or not region.size:
         raise MessageError(f"region {request.index} does not exist")
     argsz = base + m.IoFd.LAYOUT.size * len(region.io_fds)
     head = m.RegionIoFds(argsz, 0, request.index, len(region.io_fds)).pack()

@@ -78,7 +78,8 @@ class Server:
                 listener.bind(str(path))
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
-                    raise
+                    number = error.errno or errno.ENAMETOOLONG  # Python checks the length itself, and gives none
+                    raise OSError(number, os.strerror(number), str(path)) from error
                 _remove_stale(path)
                 listener.bind(str(path))
             listener.listen()
@@ -224,9 +225,8 @@ class Server:
 
 def _remove_stale(path: Path) -> None:
     """Remove a socket file that nobody listens on. Raises OSError(EADDRINUSE) if somebody does, or it is none."""
-    in_use = OSError(errno.EADDRINUSE, f"{path} is in use")
     if not stat.S_ISSOCK(path.lstat().st_mode):
-        raise in_use
+        raise OSError(errno.EADDRINUSE, "in use: it is no socket", str(path))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -236,7 +236,7 @@ def _remove_stale(path: Path) -> None:
             return
         except BlockingIOError:
             pass  # a full backlog: alive
-    raise in_use
+    raise OSError(errno.EADDRINUSE, "in use by another server", str(path))
 
 
 def serve(backend: ServerBackend, path: str | os.PathLike[str]) -> None:

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,7 @@ from typing import Any
 
 from vfio_user.client import Client
 from vfio_user.devices import edu
-from vfio_user.errors import CallTimeoutError, MigrationError
+from vfio_user.errors import CallTimeoutError, MigrationError, VfioUserError
 from vfio_user.fds import OwnedFd
 from vfio_user.live import MemoryRegion, Migration, Report, Round
 from vfio_user.wire.constants import PAGE_SIZE, IrqSetFlags, PciIrq
@@ -58,34 +57,33 @@ def standard_library(size: int = MIN_INPUT) -> bytes:
 
 
 @contextmanager
-def device_process(directory: str, name: str) -> Iterator[Path]:
-    """An ``edu`` server in a process of its own; the path of its socket, on which it listens already."""
-    path = Path(directory) / name
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-        command = [sys.executable, "-m", "vfio_user", "serve", "edu", "--fd", str(listener.fileno())]
-        process = subprocess.Popen(command, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL)
-    try:
-        yield path
-    finally:
-        process.send_signal(signal.SIGTERM)
+def device_process() -> Iterator[socket.socket]:
+    """Our end of the socket of an ``edu`` server in a process of its own, which ends when this one does, in any way."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            command = [sys.executable, "-m", "vfio_user", "serve", "edu", "--fd", str(theirs.fileno())]
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         try:
-            process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield ours
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 class Host:
     """One side: guest memory in a memfd, and a client that plugs the device into it."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, sock: socket.socket, size: int) -> None:
         self._memory = OwnedFd(os.memfd_create("guest", os.MFD_CLOEXEC))
         os.ftruncate(self._memory.fileno(), size)
         self.memory = memoryview(mmap(self._memory.fileno(), size))
         self.interrupt = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-        self.client = Client.connect(path, TIMEOUT)
+        self.client = Client(sock, TIMEOUT)
         self.client.dma_map(0, size, self._memory.fileno())
         flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
         self.client.set_irqs(PciIrq.INTX, flags, 0, 1, [self.interrupt.fileno()])
@@ -232,15 +230,18 @@ class Outcome:
 
 
 def run(data: bytes, *, bandwidth: float, on_round: Callable[[Round], None] = lambda done: None) -> Outcome:
-    """Migrate a device at work over ``data``. Raises MigrationError when the migration itself fails."""
+    """Migrate a device at work over ``data``. What fails is in the outcome's report."""
+    try:
+        return _set_up_and_migrate(data, bandwidth, on_round)
+    except (VfioUserError, OSError) as error:
+        return Outcome(Report(error=str(error)), [], 0, 0, len(data))
+
+
+def _set_up_and_migrate(data: bytes, bandwidth: float, on_round: Callable[[Round], None]) -> Outcome:
     layout = Layout(max(1, -(-len(data) // BLOCK)))
     guest = Guest(layout)
     with ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="vfio-user-demo-"))
-        source, destination = (
-            Host(stack.enter_context(device_process(directory, name)), layout.size)
-            for name in ("source", "destination")
-        )
+        source, destination = (Host(stack.enter_context(device_process()), layout.size) for _ in range(2))
         stack.callback(source.close)
         stack.callback(destination.close)
         source.memory[: len(data)] = data
@@ -284,14 +285,20 @@ def _migrate(
         downtime=0.002,
     )
     guest.start(source)
-    for done in migration.run():
-        on_round(done)
+    try:
+        for done in migration.run():
+            on_round(done)
+    except MigrationError:
+        return Outcome(migration.report, findings, guest.done, 0, len(data))
     before = guest.done
-    findings.extend(_compare_memory(layout, data, before, destination, "at the switch-over"))
-    findings.extend(_compare_buffer(layout, data, before, destination))
-    guest.start(destination, until=before + AFTER)
-    guest.join()
-    findings.extend(_compare_memory(layout, data, guest.done, destination, "after going on"))
+    try:
+        findings.extend(_compare_memory(layout, data, before, destination, "at the switch-over"))
+        findings.extend(_compare_buffer(layout, data, before, destination))
+        guest.start(destination, until=before + AFTER)
+        guest.join()
+        findings.extend(_compare_memory(layout, data, guest.done, destination, "after going on"))
+    except (VfioUserError, OSError) as error:
+        findings.append(f"the destination failed after the switch-over: {error}")
     return Outcome(migration.report, findings, before, guest.done - before, len(data))
 
 

@@ -4,14 +4,38 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 from vfio_user.device import Device
 from vfio_user.devices import BUILT_IN, built_in
 from vfio_user.errors import UsageError
+
+logger = logging.getLogger("vfio_user.tools")
+
+
+def make_device(name: str, options: Sequence[str] = ()) -> Device:
+    """The device that ``name`` means, with ``KEY=VALUE`` options. Raises UsageError, also for what its code raises."""
+    device_class = load_device(name)
+    with _faults_of(name):
+        return device_class(**parse_options(device_class, options))
+
+
+@contextmanager
+def _faults_of(name: str) -> Iterator[None]:
+    """Code of others runs within: whatever it raises is one line for its author, and a traceback in the log."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        logger.info("%s", name, exc_info=True)
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UsageError(f"{name}: {kind}{error} (-v shows where)") from error
 
 
 def load_device(name: str) -> type[Device]:
@@ -24,18 +48,12 @@ def load_device(name: str) -> type[Device]:
     source, found, class_name = name.rpartition(":")
     if not found:
         raise UsageError(f"no device {name!r}: {', '.join(sorted(BUILT_IN))}, pkg.mod:Class or ./file.py:Class")
-    module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
+    with _faults_of(source):
+        module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     device_class = getattr(module, class_name, None)
     if not isinstance(device_class, type) or not issubclass(device_class, Device):
         raise UsageError(f"{source} has no device class {class_name}")
     return device_class
-
-
-def _load_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(f"{name}: {error}") from error
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -53,7 +53,10 @@ def _region(name: str) -> int:
     if name.lower() in REGIONS:
         return REGIONS[name.lower()]
     if name.isdecimal():
-        return int(name)
+        index = _number(name)
+        if index >= 1 << 32:
+            raise UsageError(f"region {index} does not fit in 32 bits")
+        return index
     raise UsageError(f"{name!r} is no region: {', '.join(REGIONS)} or an index")
 
 
