@@ -68,7 +68,7 @@ def test_identification(edu: Client) -> None:
     write(edu, ID, 0)
     assert read(edu, ID) == 0x010000ED
     assert edu.region_read(7, 0, 4).hex() == "3412e811"
-    assert edu.region_read(7, 8, 4).hex() == "100000ff"
+    assert edu.region_read(7, 8, 4).hex() == "1000ff00"
     assert edu.regions[0].size == BAR_SIZE
     assert [irq.count for irq in edu.irqs] == [1, 1, 0, 1, 1]
 

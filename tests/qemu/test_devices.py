@@ -123,7 +123,7 @@ def test_edu_as_qemu_sees_it(serve: Serving, machine: MachineFactory) -> None:
     m = machine([serve(Edu()).path])
     (edu,) = m.devfns
     assert m.config_read(edu, 0) == 0x11E81234
-    assert m.config_read(edu, 8) == 0xFF000010
+    assert m.config_read(edu, 8) == 0x00FF0010
     assert m.size_bar(edu, 0) == BarLayout(MIB)
     assert m.config_read(edu, STATUS, 2) & 0x10
     assert m.config_read(edu, 0x3D, 1) == 1
