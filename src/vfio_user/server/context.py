@@ -62,6 +62,8 @@ class Context:
     readable: list[int] = field(default_factory=list)
     """By region: where a read must end at the latest, in bytes; NO_ACCESS where none may be."""
     writable: list[int] = field(default_factory=list)
+    loading: bool = False
+    """Whether the device is RESUMING: migration data may be written."""
 
     depth: int = 0
     """DMA requests that await their replies, each in a hook of a command that came while the one before waited."""
@@ -108,19 +110,21 @@ class Context:
         In STOP_COPY the state is on its way: a BAR that changed now would be lost, and is not accessed. Config
         space is served in every state.
         """
-        frozen = self._frozen()
+        state = self._state()
+        self.loading = state == DeviceState.RESUMING
+        frozen = state == DeviceState.STOP_COPY
         self.readable = self._limits(RegionFlags.READ, frozen)
         self.writable = self._limits(RegionFlags.WRITE, frozen)
 
-    def _frozen(self) -> bool:
-        """Whether the device is in STOP_COPY. One that fails to say so is not: nobody waits for the answer."""
+    def _state(self) -> int | None:
+        """The migration state. A device that fails to say it has none: nobody waits for the answer."""
         try:
-            return self.migratable and self.backend.migration_get_state() == DeviceState.STOP_COPY
+            return self.backend.migration_get_state() if self.migratable else None
         except OSError:
-            return False
+            return None
         except Exception:
             logger.exception("the device failed to say its migration state")
-            return False
+            return None
 
     def _limits(self, flag: int, frozen: bool) -> list[int]:
         return [

@@ -26,14 +26,14 @@ from vfio_user.errors import (
     ProtocolError,
     VfioUserError,
 )
-from vfio_user.protocol import Connection, Message, Outgoing
+from vfio_user.protocol import Connection, Message
 from vfio_user.server.backend import Quiescing, ServerBackend
 from vfio_user.server.context import Limits
 from vfio_user.server.dispatch import Dispatcher, errno_of
 from vfio_user.transport.blocking import Channel
 from vfio_user.wire import messages as m
 from vfio_user.wire.commands import COMMANDS, Role
-from vfio_user.wire.constants import SERVER_DMA_CHUNK, Command, HeaderFlags
+from vfio_user.wire.constants import HEADER_SIZE, SERVER_DMA_CHUNK, Command, HeaderFlags
 
 logger = logging.getLogger("vfio_user.server")
 
@@ -51,7 +51,10 @@ _READ, _WRITE = int(Command.REGION_READ), int(Command.REGION_WRITE)
 _NO_REPLY, _REPLY = int(HeaderFlags.NO_REPLY), int(HeaderFlags.REPLY)
 _ACCESS = struct.Struct(m.Header.LAYOUT.format + m.RegionAccess.LAYOUT.format.removeprefix("<"))
 _ACCESS_SIZE = _ACCESS.size
-_DONTWAIT, _NOSIGNAL = int(socket.MSG_DONTWAIT), int(socket.MSG_NOSIGNAL)
+_LOAD = int(Command.MIG_DATA_WRITE)
+_DATA = struct.Struct(m.Header.LAYOUT.format + m.MigData.LAYOUT.format.removeprefix("<"))
+_DATA_SIZE = _DATA.size
+_DONTWAIT = int(socket.MSG_DONTWAIT)
 _SMALL = 4096
 """Bytes up to which a read is served without asking for a view of them first."""
 
@@ -185,8 +188,11 @@ class Session:
         handled = 0
         framer = self._framer
         connection = self._connection
+        context = self._context
         while self._parked is None:
             if connection.negotiated and not self._postponed and not framer.has_fds:
+                if context.loading:
+                    handled += self._serve_migration_data()
                 handled += self._serve_accesses(wait)
             message = self._postponed.popleft() if self._postponed else framer.next_message()
             if message is None:
@@ -207,7 +213,7 @@ class Session:
         context = self._context
         backend = self._backend
         receive = self._receive_bytes
-        send = self._channel.socket.send
+        send = self._channel.send_small
         most = context.limits.data_xfer_size
         handled = 0
         buffer = framer.buffer
@@ -247,12 +253,33 @@ class Session:
                 self._refuse(Message(msg_id, command, flags, 0, framer.view[:0]), error)
             else:
                 if reply is not None:
-                    try:
-                        sent = send(reply, _NOSIGNAL)
-                    except OSError:
-                        sent = 0
-                    if sent != length:  # the client is slow, or gone: the channel knows what to do
-                        self._channel.send(Outgoing([memoryview(reply)[sent:]]))
+                    send(reply)
+            handled += 1
+            if self._deferred:
+                self._work()
+        return handled
+
+    def _serve_migration_data(self) -> int:
+        """Take migration data at the front of the receive buffer, as :meth:`_serve_accesses` does accesses."""
+        framer = self._framer
+        most = self._context.limits.data_xfer_size
+        handled = 0
+        buffer = framer.buffer
+        while framer.buffer is buffer and framer.end - framer.start >= _DATA_SIZE:
+            start = framer.start
+            msg_id, command, size, flags, _, argsz, count = _DATA.unpack_from(buffer, start)
+            stop = start + size
+            if command != _LOAD or flags or not 0 < count <= most or size != _DATA_SIZE + count or stop > framer.end:
+                break
+            if argsz < m.MigData.LAYOUT.size + count:
+                break
+            framer.start = stop
+            try:
+                self._backend.migration_write_data(framer.view[start + _DATA_SIZE : stop])
+            except Exception as error:
+                self._refuse(Message(msg_id, command, flags, 0, framer.view[:0]), error)
+            else:
+                self._channel.send_small(m.Header.LAYOUT.pack(msg_id, command, HEADER_SIZE, _REPLY, 0))
             handled += 1
             if self._deferred:
                 self._work()

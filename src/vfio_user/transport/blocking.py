@@ -101,6 +101,15 @@ class Channel:
             raise CallTimeoutError("the peer did not answer in time")
         self.receive()
 
+    def send_small(self, data: bytes | bytearray) -> None:
+        """Send all of ``data``, in one system call unless the peer is slow, or gone. Raises as :meth:`send` does."""
+        try:
+            sent = self.socket.send(data, _SEND_FLAGS)
+        except OSError:
+            sent = 0
+        if sent != len(data):
+            self.send(Outgoing([memoryview(data)[sent:]]))
+
     def send(self, message: Outgoing, deadline: float | None = None) -> None:
         """Send all of ``message``. Raises CallTimeoutError, ConnectionClosedError."""
         buffers, fds = message
