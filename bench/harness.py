@@ -55,7 +55,7 @@ def running(command: Sequence[str], core: int | None = None) -> Iterator[subproc
     with ExitStack() as stack:
         if core is not None:
             stack.enter_context(pinned(core))
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         yield process
     finally:

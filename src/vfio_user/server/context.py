@@ -62,6 +62,8 @@ class Context:
     readable: list[int] = field(default_factory=list)
     """By region: where a read must end at the latest, in bytes; NO_ACCESS where none may be."""
     writable: list[int] = field(default_factory=list)
+    features: dict[int, int] = field(default_factory=dict)
+    """By index, the operations that the backend has for the features that were asked for; 65,536 at most."""
     loading: bool = False
     """Whether the device is RESUMING: migration data may be written."""
 

@@ -38,7 +38,9 @@ def device_feature(context: Context, message: Message) -> Reply:
     """An unknown feature, an operation that it lacks, a device that cannot migrate: EINVAL."""
     request = m.Feature.parse(message.payload)
     index, operation = request.index, request.operation
-    supported = _supported(context, index)
+    supported = context.features.get(index)
+    if supported is None:
+        supported = context.features[index] = _supported(context, index)
     if not supported or operation & ~(supported | _PROBE):
         raise MessageError(f"feature {index} does not support {operation:#x} here")
     if operation & _PROBE:
