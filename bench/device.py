@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from mmap import PAGESIZE, mmap
 
 from vfio_user.dma import DirtyLog
 from vfio_user.fds import OwnedFd
@@ -20,6 +21,8 @@ MEMORY, CONTROL, PORT = 0, 1, 2
 MEMORY_SIZE = 1 << 20
 DIRTY_ALL, BYTES_TAKEN = 0, 8
 PATTERN = bytes(range(251))
+DATA_OFFSET = 24
+"""Where migration data begins in its message, and so in its page here: see ServerBackend.migration_view."""
 
 
 class BenchDevice(ServerBackend):
@@ -27,7 +30,8 @@ class BenchDevice(ServerBackend):
 
     def __init__(self) -> None:
         self.memory = memoryview(bytearray(MEMORY_SIZE))
-        self.saved = memoryview((PATTERN * (MEMORY_SIZE // len(PATTERN) + 1))[:MEMORY_SIZE])
+        self.saved = memoryview(mmap(-1, MEMORY_SIZE + PAGESIZE))[DATA_OFFSET : DATA_OFFSET + MEMORY_SIZE]
+        self.saved[:] = (PATTERN * (MEMORY_SIZE // len(PATTERN) + 1))[:MEMORY_SIZE]
         self.bytes_taken = 0
         self.state = DeviceState.RUNNING
         self.log = DirtyLog()

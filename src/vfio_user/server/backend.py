@@ -215,7 +215,8 @@ class ServerBackend:
         """What :meth:`migration_read_data` would fill in next, at most ``size`` bytes, to be sent without a copy.
 
         Fewer bytes: the stream ends here. They stay as they are until the next hook is called. None, the default:
-        :meth:`migration_read_data` is called.
+        :meth:`migration_read_data` is called. Bytes that begin 24 bytes behind the start of a page, as they do in the
+        message, are copied by the kernel a third faster across two cores (bench/README.md).
         """
         return None
 
