@@ -289,6 +289,20 @@ def test_shutdown_while_a_command_is_parked(backend: MigratableBackend, mode: st
         assert backend.called("dma_unmap")
 
 
+def test_an_event_loop_polls_on_after_a_shutdown_until_the_client_is_let_go(
+    backend: MigratableBackend, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    with Server(backend, path) as server, RawPeer.connect(path) as peer:
+        peer.send(message(1, 1, struct.pack("<HH", 0, 2) + ALL_CAPABILITIES) + message(2, 2, dma_map(0, 0x1000)))
+        assert server.poll() == 2
+        server.shutdown()
+        assert not server.finished
+        server.poll()
+        assert server.finished
+        assert backend.called("dma_unmap")
+
+
 def test_close_with_a_client(backend: MigratableBackend, tmp_path: Path) -> None:
     """As in an event loop that ends: no thread is in serve_forever()."""
     before = open_fds()
@@ -357,9 +371,10 @@ def test_poll_and_fileno(backend: MigratableBackend, tmp_path: Path) -> None:
             assert second.read().msg_id == 5
             assert not server.finished
             server.shutdown()
-            assert server.finished
+            assert not server.finished
             assert ready(server)
             server.poll()
+            assert server.finished
             assert second.at_end()
 
 

@@ -100,8 +100,12 @@ class Server:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to serve: shut down, or the one connected client has left."""
-        return self._stopping or (self._listener is None and self._connected is None and self._session is None)
+        """Whether nothing is left to serve: shut down, or the one connected client has left.
+
+        A client that is there at a shutdown is served to its end first: an event loop goes on polling until then.
+        """
+        no_more_to_come = self._stopping or (self._listener is None and self._connected is None)
+        return no_more_to_come and self._session is None
 
     def serve_forever(self) -> None:
         """Serve until :meth:`shutdown`, or until the client of a connected socket leaves."""
