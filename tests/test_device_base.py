@@ -178,16 +178,20 @@ def test_the_msix_table_has_a_bar_of_its_own(box: Box, client: Client) -> None:
     assert [one for one in box.accesses if one[1] == 1] == []
 
 
+class Bare(Device):
+    vendor_id, device_id = 0x494F, 0x0001
+
+
 def test_a_device_without_anything_is_still_a_pci_device() -> None:
-    with attached(Device()) as client:
-        assert client.region_read(7, 0, 4) == b"\xff" * 4
+    with attached(Bare()) as client:
+        assert client.region_read(7, 0, 4) == bytes.fromhex("4f490100")
         assert [region.size for region in client.regions] == [0] * 7 + [256, 0]
         assert [irq.count for irq in client.irqs] == [0, 0, 0, 1, 1]
         assert client.migration_flags() == MigrationFlags.STOP_COPY
 
 
 def make(**declared: Any) -> Callable[[], Device]:
-    return type("Made", (Device,), declared)
+    return type("Made", (Device,), {"vendor_id": 0x494F, "device_id": 1} | declared)
 
 
 @pytest.mark.parametrize(

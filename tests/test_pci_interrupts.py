@@ -85,17 +85,20 @@ class InterruptsMachine(RuleBasedStateMachine):
         self.listeners: dict[tuple[int, int], Listener] = {}
         self.pending: set[tuple[int, int]] = set()
         self.masked: set[tuple[int, int]] = set()
-        self.level = self.disabled = self.in_service = False
+        self.held: set[tuple[int, int]] = set()
+        self.level = self.in_service = False
         self.fds_before = open_fds()
 
     def settle(self) -> dict[tuple[int, int], int]:
         """What the model says must arrive now."""
         ready = {
-            line for line in self.pending if line[0] != INTX and line in self.listeners and line not in self.masked
+            line
+            for line in self.pending
+            if line[0] != INTX and line in self.listeners and line not in self.masked | self.held
         }
         self.pending -= ready
         pin = (INTX, 0)
-        quiet = self.disabled or pin in self.masked or pin not in self.listeners
+        quiet = pin in self.masked | self.held or pin not in self.listeners
         if not quiet and (pin in self.pending or (self.level and not self.in_service)):
             self.pending.discard(pin)
             self.in_service = self.level
@@ -183,9 +186,13 @@ class InterruptsMachine(RuleBasedStateMachine):
         self.in_service &= level
         assert self.irq.asserted == level
 
-    @rule(disabled=st.booleans())
-    def command_bit(self, disabled: bool) -> None:
-        self.irq.intx_disabled = self.disabled = disabled
+    def held_bits(self) -> dict[int, int]:
+        return {index: sum(1 << vector for i, vector in self.held if i == index) for index in (INTX, MSI, MSIX)}
+
+    @rule(held=st.sets(lines.filter(lambda line: line[0] in (INTX, MSI, MSIX))))
+    def hold(self, held: set[tuple[int, int]]) -> None:
+        self.held = held
+        self.irq.hold(self.held_bits())
 
     @rule()
     def rearm(self) -> None:
@@ -211,11 +218,10 @@ class InterruptsMachine(RuleBasedStateMachine):
         state = self.irq.save()
         self.irq.release_fds()
         self.irq = Interrupts(COUNTS)
-        self.irq.intx_disabled = self.disabled
         self.listeners = {line: Listener() for line in vectors}
         for (index, vector), listener in self.listeners.items():
             self.irq.set_irqs(index, FD_TRIGGER, vector, 1, [listener.send()])
-        self.irq.load(state)
+        self.irq.load(state, self.held_bits())
         assert not any(listener.take() for listener in self.listeners.values()), "fired before RUNNING"
         assert self.irq.save() == state
         self.irq.rearm()
@@ -286,12 +292,11 @@ def test_intx_is_raised_again_after_each_unmask_while_it_stands(irq: Interrupts)
 
 def test_the_command_bit_holds_intx_back_and_lets_it_out(irq: Interrupts) -> None:
     (pin,) = assign(irq, INTX, 0)
-    irq.intx_disabled = True
+    irq.hold({INTX: 1})
     irq.assert_()
     assert (pin.take(), pending(irq, INTX)) == (0, [0])
-    irq.intx_disabled = False
+    irq.hold({})
     assert (pin.take(), pending(irq, INTX)) == (1, [])
-    assert not irq.intx_disabled
 
 
 def test_running_again_raises_intx_that_the_last_client_may_not_have_seen(irq: Interrupts) -> None:
@@ -550,7 +555,7 @@ def test_the_saved_state_is_plain_data(irq: Interrupts) -> None:
 def test_a_level_that_was_loaded_waits_for_rearm(irq: Interrupts) -> None:
     (pin,) = assign(irq, INTX, 0)
     irq.assert_()
-    irq.load(irq.save())
+    irq.load(irq.save(), {})
     assert (pin.take(), pending(irq, INTX)) == (1, [0])
     irq.rearm()
     assert (pin.take(), pending(irq, INTX)) == (1, [])
@@ -582,10 +587,10 @@ def test_a_state_that_nobody_saved_is_refused_and_changes_nothing(irq: Interrupt
     irq.trigger(1)
     before = irq.save()
     with pytest.raises(ValueError, match="interrupt state"):
-        irq.load(state)
+        irq.load(state, {})
     assert irq.save() == before
 
 
 def test_a_level_is_not_loaded_into_a_device_without_intx() -> None:
     with pytest.raises(ValueError, match="without INTx"):
-        Interrupts((0, 0, 1, 0, 0)).load({"asserted": True, "pending": EMPTY})
+        Interrupts((0, 0, 1, 0, 0)).load({"asserted": True, "pending": EMPTY}, {})

@@ -76,7 +76,8 @@ def test_any_access_does_what_the_masks_of_its_bits_say(
         start = data.draw(st.integers(0, size))
         stop = data.draw(st.integers(start, size))
         assert read(registers, start, stop - start) == model.read(start, stop - start)
-    assert registers.save() == model.read(0, size)
+    for register in declared:
+        assert registers.save()[register.name] == model.read(register.offset, register.width)
 
 
 @given(layouts())
@@ -89,7 +90,7 @@ def test_hooks_see_the_whole_registers_that_a_write_touched_and_no_others(
     def log(name: str) -> Callable[[int, int], None]:
         return lambda old, new: calls.append((name, old, new))
 
-    hooked = [Register(r.offset, r.width, r.name, r.reset, r.writable, r.w1c, None, log(r.name)) for r in declared]
+    hooked = [Register(r.offset, r.width, r.name, r.reset, r.writable, r.w1c, on_write=log(r.name)) for r in declared]
     for start in range(size):
         for stop in range(start, min(start + 5, size + 1)):
             registers = RegisterFile(size, hooked)
@@ -154,12 +155,28 @@ def test_an_access_that_leaves_the_file_is_refused(offset: int, length: int) -> 
     assert registers.get("all") == 0
 
 
-@pytest.mark.parametrize("data", [b"", bytes(3), bytes(5), b"\0\0\0\1"])
-def test_saved_registers_that_are_not_ours_change_nothing(data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("saved", "culprit"),
+    [
+        ({"a": b"\2\0", "c": b"\0"}, "unknown register 'c'"),
+        ({"a": b"\2"}, "'a'.*saved are 1 bytes"),
+        ({"a": b"\2\0\0"}, "'a'.*saved are 3 bytes"),
+        ({}, "missing registers: a"),
+    ],
+)
+def test_saved_registers_that_are_not_ours_change_nothing(saved: dict[str, bytes], culprit: str) -> None:
     registers = RegisterFile(4, [Register(0, 2, "a", reset=1)])
-    with pytest.raises(ValueError, match="saved registers"):
-        registers.load(data)
-    assert registers.get("a") == 1
+    registers.set("a", 7)
+    with pytest.raises(ValueError, match=culprit):
+        registers.load(saved)
+    assert registers.get("a") == 7
+
+
+def test_a_register_that_an_older_save_does_not_know_gets_its_reset_value() -> None:
+    registers = RegisterFile(4, [Register(0, 2, "a", reset=1), Register(2, 2, "b", reset=2)])
+    registers.set("b", 9)
+    registers.load({"a": b"\5\0"}, complete=False)
+    assert (registers.get("a"), registers.get("b")) == (5, 2)
 
 
 @pytest.mark.parametrize(

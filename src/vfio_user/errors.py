@@ -12,6 +12,7 @@
     ├── CallTimeoutError (TimeoutError)    a call was not answered in time
     ├── ConnectionClosedError (ConnectionError)    the peer is gone
     ├── UsageError (ValueError)        the caller asked for something that cannot be sent
+    ├── DeclarationError (ValueError)  a device class declares what cannot be carried out
     └── MigrationError                 device state cannot be saved, moved or restored
         ├── TransitionError (OSError)  no path leads from one device state to the other
         ├── UnrecoverableError (OSError)   an arc that failed and left the device in no known state
@@ -86,6 +87,10 @@ class ConnectionClosedError(VfioUserError, ConnectionError):
 
 class UsageError(VfioUserError, ValueError):
     """What the caller asked for cannot be sent: a count, an offset or a number of fds out of range."""
+
+
+class DeclarationError(VfioUserError, ValueError):
+    """A device class declares what cannot be carried out; the message says which, what and the remedy."""
 
 
 class MigrationError(VfioUserError):

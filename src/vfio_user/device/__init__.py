@@ -20,6 +20,7 @@ subclass says what the device does, and asks for what is special: ``save``, ``lo
 
 from vfio_user.device.declarations import Option, State, option, state
 from vfio_user.device.device import Device
+from vfio_user.device.registers import BarRegister, register
 from vfio_user.pci.bars import Bar
 
-__all__ = ["Bar", "Device", "Option", "State", "option", "state"]
+__all__ = ["Bar", "BarRegister", "Device", "Option", "State", "option", "register", "state"]

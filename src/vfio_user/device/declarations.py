@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar, cast
 
 T = TypeVar("T")
+Kind = TypeVar("Kind")
 
 BOOLEANS = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
 """How a boolean option is written."""
@@ -78,20 +79,32 @@ def _parse_bool(text: str) -> bool:
     raise ValueError(f"{text!r} is not true or false")
 
 
+def declared_in(cls: type, kind: type[Kind]) -> dict[str, Kind]:
+    """The attributes of one kind that a class and its bases declare, by name; a class hides what its bases have."""
+    found: dict[str, Kind] = {}
+    for base in reversed(cls.__mro__):
+        for name, value in vars(base).items():
+            if isinstance(value, kind):
+                found[name] = value
+            else:
+                found.pop(name, None)
+    return found
+
+
 def saved_value(value: object) -> object:
     """A value of declared state as a stream holds it."""
     return bytes(value) if isinstance(value, bytearray) else value
 
 
 def restored_values(
-    declared: Mapping[str, State], fields: Mapping[object, object], *, complete: bool
+    declared: Mapping[str, State], fields: Mapping[str, object], *, complete: bool
 ) -> dict[str, object]:
     """Declared state by name, from the fields of a stream.
 
     ``complete``: a field that is missing is an error; otherwise, in a stream of an older version, it has its default.
     Raises ValueError, which names the field.
     """
-    unknown = [str(name) for name in fields if name not in declared]
+    unknown = [name for name in fields if name not in declared]
     missing = [name for name in declared if name not in fields]
     if unknown:
         raise ValueError(f"unknown state: {', '.join(unknown)}")

@@ -2,47 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from vfio_user.device.declarations import Option, State, restored_values, saved_value
-from vfio_user.device.regions import AccessTable, BarMemory, layout
+from vfio_user.device.access import AccessTable, BarMemory
+from vfio_user.device.declarations import Option, State, declared_in
+from vfio_user.device.doorbells import Doorbells
+from vfio_user.device.flr import FunctionLevelReset
+from vfio_user.device.layout import NO_ID, config_space, irq_counts, msix_of
+from vfio_user.device.registers import BarRegister, register_files
 from vfio_user.device.saving import Migrator
 from vfio_user.dma.memory import GuestMemory
+from vfio_user.errors import DeclarationError
 from vfio_user.fds import OwnedFd, take_signals
-from vfio_user.migration import LoadedStream, StreamIdentity
-from vfio_user.pci import Bar, ConfigSpace, Interrupts, MsixCapability, MsixTable
+from vfio_user.migration import StreamIdentity
+from vfio_user.pci import Bar, Capability, Interrupts, MsixTable
 from vfio_user.server.backend import Irq, Link, Region, RegionIoFd, ServerBackend
-from vfio_user.wire.constants import PCI_NUM_REGIONS, DeviceState, IrqSetFlags, MigrationFlags, PciRegion
+from vfio_user.wire.constants import (
+    PCI_NUM_REGIONS,
+    DeviceState,
+    IrqSetFlags,
+    MigrationFlags,
+    PciIrq,
+    PciRegion,
+    RegionFlags,
+)
+
+_ALL = -1
+"""As bits: all vectors."""
+_PARTS = frozenset({"irq", "dma", "config", "memory", "registers", "regions", "irqs"})
+"""Attributes that every device has."""
+
+
+@contextmanager
+def _declaring(cls: type) -> Iterator[None]:
+    """What a class declares is carried out within: what cannot be, is the fault of that class."""
+    try:
+        yield
+    except ValueError as error:
+        raise DeclarationError(f"{cls.__name__}: {error}") from error
 
 
 class Device(ServerBackend):
-    """A PCI device. Subclass it, declare what it is, override :meth:`bar_read` and :meth:`bar_write`.
+    """A PCI device. Subclass it, declare what it is, and write what it does.
 
-    Options are given to the constructor by keyword. The parts that a subclass works with:
+    What a class declares wrongly raises DeclarationError when the class is built, or, where ``configure`` lets
+    options decide, when a device is made. ``abstract=True`` makes a class that is only a base of others. Options are
+    given to the constructor by keyword: TypeError for one that does not exist.
+
+    The parts that a subclass works with, besides what it declares by ``register``, ``state`` and ``option``:
 
     ``irq``     :class:`~vfio_user.pci.Interrupts`: ``trigger(vector)``, ``assert_()``, ``deassert()``
     ``dma``     :class:`~vfio_user.dma.memory.GuestMemory`: ``read``, ``write``, ``view``; writes are logged
     ``config``  :class:`~vfio_user.pci.ConfigSpace`
     ``memory``  by BAR, the memory of those declared with ``Bar(..., memory=True)``
-
-    Raises ValueError for a declaration that cannot be carried out, TypeError for an option that does not exist.
     """
 
-    vendor_id: ClassVar[int] = 0xFFFF
-    device_id: ClassVar[int] = 0xFFFF
+    vendor_id: ClassVar[int] = NO_ID
+    device_id: ClassVar[int] = NO_ID
     subsystem_vendor_id: ClassVar[int] = 0
     subsystem_id: ClassVar[int] = 0
     revision: ClassVar[int] = 0
     class_code: ClassVar[int] = 0xFF0000
     bars: Mapping[int, Bar] = {}
+    rom: bytes = b""
+    """What the expansion ROM holds."""
+    capabilities: Sequence[Capability] = ()
+    """Capabilities of config space besides MSI and MSI-X, which the vectors bring."""
     intx: ClassVar[bool] = False
     """Whether the device has an interrupt pin."""
     msi_vectors: ClassVar[int] = 0
+    msi_masking: ClassVar[bool] = False
+    """Whether a guest can mask the vectors of MSI one by one."""
     msix_vectors: int = 0
     msix_bar: ClassVar[int | None] = None
     """Where table and pending bits of MSI-X are; None: in a BAR of their own, the first that is free."""
-    migration: ClassVar[MigrationFlags] = MigrationFlags.STOP_COPY
+    migration: MigrationFlags = MigrationFlags.STOP_COPY
     """MigrationFlags(0): the device cannot migrate."""
     pre_copy_limit: ClassVar[int] = 1 << 20
     """Bytes of the stream after which ``pre_copy`` is asked no more; bounds what a device takes while resuming."""
@@ -52,42 +88,52 @@ class Device(ServerBackend):
 
     declared_state: ClassVar[dict[str, State]] = {}
     declared_options: ClassVar[dict[str, Option]] = {}
+    declared_registers: ClassVar[dict[str, BarRegister]] = {}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = vars(cls)
-        cls.declared_state = cls.declared_state | {n: v for n, v in own.items() if isinstance(v, State)}
-        cls.declared_options = cls.declared_options | {n: v for n, v in own.items() if isinstance(v, Option)}
+        cls.declared_state = declared_in(cls, State)
+        cls.declared_options = declared_in(cls, Option)
+        cls.declared_registers = declared_in(cls, BarRegister)
+        with _declaring(cls):
+            for name in cls.declared_registers.keys() & (_PARTS | vars(Device).keys()):
+                raise ValueError(f"register {name!r}: every device has an attribute of that name: choose another")
+            if not abstract and cls.configure is Device.configure:
+                config = config_space(cls)
+                Interrupts(irq_counts(cls))
+                register_files(cls.declared_registers.values(), config.bars, msix_of(config.capabilities), None)
 
     def __init__(self, **options: object) -> None:
-        self._irq_watches: dict[tuple[int, int, int], int] = {}
-        self._set_options(options)
+        self.__link: Link | None = None
+        self.__irq_watches: dict[tuple[int, int, int], int] = {}
+        self.__set_options(options)
         self.configure()
-        self._reset_state()
-        self.irq = Interrupts(self.irq_counts, self._watch_irq, self._show_level)
-        self._link: Link | None = None
+        self.__reset_state()
+        with _declaring(type(self)):
+            self.__build()
         self.dma = GuestMemory()
-        self.bars, capabilities = layout(self.bars, self.msi_vectors, self.msix_vectors, self.msix_bar)
-        self.config = ConfigSpace(
-            self.vendor_id,
-            self.device_id,
-            revision=self.revision,
-            class_code=self.class_code,
-            subsystem_vendor_id=self.subsystem_vendor_id,
-            subsystem_id=self.subsystem_id,
-            interrupt_pin=1 if self.intx else 0,
-            bars=self.bars,
-            capabilities=capabilities,
-            on_command=lambda old, new: self._follow_command(),
+        self.__migrator = Migrator(self, self.migration, self.irq.rearm)
+        self.follow_config()
+
+    def __build(self) -> None:
+        counts = irq_counts(self)
+        self.irq = Interrupts(counts, self.__watch_irq, self.__show_level)
+        self.config = config_space(self, msi_pending=self.__msi_pending, on_flr=lambda: self.__flr.request())
+        self.bars = self.config.bars
+        msix = msix_of(self.config.capabilities)
+        self.msix = MsixTable(msix, self.irq.pba) if msix else None
+        self.registers = register_files(self.declared_registers.values(), self.bars, msix, self)
+        """By BAR, the declared registers."""
+        self.__flr = FunctionLevelReset(self)
+        self.__doorbells = Doorbells(self.declared_registers.values(), self.region_write)
+        self.__bar_memory = BarMemory(self.bars, self.bar_file)
+        self.memory = self.__bar_memory.views
+        own = (self.bar_read, self.bar_write)
+        self.__accesses = AccessTable(
+            self.config, self.msix, self.registers, self.memory, self.rom, own, self.__write_config
         )
-        msix = next((c for c in capabilities if isinstance(c, MsixCapability)), None)
-        self._msix = MsixTable(msix, self.irq.pba) if msix else None
-        self._bar_memory = BarMemory(self.bars)
-        self.memory = self._bar_memory.views
-        self._accesses = AccessTable(self.config, self._msix, self.memory, self.bar_read, self.bar_write)
-        self.regions = [self._region(index) for index in range(PCI_NUM_REGIONS)]
-        self.irqs = [Irq(count) for count in self.irq_counts]
-        self._migrator = Migrator(self, self.migration, self.irq.rearm)
+        self.regions = [self.__region(index) for index in range(PCI_NUM_REGIONS)]
+        self.irqs = [Irq(count) for count in counts]
 
     # What a subclass overrides
 
@@ -125,23 +171,41 @@ class Device(ServerBackend):
     def pre_copy_start(self) -> None:
         """A new stream begins: whatever was sent ahead before went into another one, which came to nothing."""
 
+    def on_config_write(self, offset: int, length: int) -> None:
+        """After a guest wrote config space: for a device whose own capabilities have an effect."""
+
+    def bar_file(self, bar: int) -> OwnedFd | None:
+        """The file behind a memory BAR, of at least its size, where it is not to be the device's alone.
+
+        The device keeps it. A client that has it must not be able to shrink it (seal a memfd): that would end this
+        process with SIGBUS.
+        """
+        return None
+
     def io_fds(self, bar: int) -> Sequence[RegionIoFd]:
-        """The parts of a BAR that file descriptors serve; watch them in :meth:`connected`."""
-        return ()
+        """The parts of a BAR that file descriptors serve; watch them in :meth:`connected`. By default the doorbells."""
+        return self.__doorbells.io_fds(bar)
+
+    def register_names(self, region: int, offset: int, length: int) -> Sequence[str]:
+        """The registers that an access to these bytes touches, for people who read a log."""
+        if region == PciRegion.CONFIG:
+            return self.config.names(offset, length)
+        registers = self.registers.get(region)
+        return [register.name for register in registers.touched(offset, length)] if registers else ()
 
     # What a subclass may use
 
     def defer(self, work: Callable[[], None]) -> None:
         """Do ``work`` after the reply to the current access: the place for DMA that may need the client's help."""
-        if self._link is None:
+        if self.__link is None:
             work()
         else:
-            self._link.defer(work)
+            self.__link.defer(work)
 
     @property
     def link(self) -> Link | None:
         """What the server offers while a client is connected."""
-        return self._link
+        return self.__link
 
     def raise_interrupt(self, vector: int = 0) -> None:
         """Signal a cause: by a message if the client listens for MSI or MSI-X, else by INTx until ``deassert``."""
@@ -152,7 +216,7 @@ class Device(ServerBackend):
 
     # Construction
 
-    def _set_options(self, given: Mapping[str, object]) -> None:
+    def __set_options(self, given: Mapping[str, object]) -> None:
         unknown = sorted(set(given) - set(self.declared_options))
         if unknown:
             known = ", ".join(sorted(self.declared_options)) or "none"
@@ -160,38 +224,40 @@ class Device(ServerBackend):
         for name, declared in self.declared_options.items():
             setattr(self, name, given.get(name, declared.default))
 
-    def _reset_state(self) -> None:
+    def __reset_state(self) -> None:
         for name, declared in self.declared_state.items():
             setattr(self, name, declared.new())
 
-    @property
-    def irq_counts(self) -> tuple[int, int, int, int, int]:
-        """Vectors of INTX, MSI, MSIX, ERR and REQ."""
-        return (int(self.intx), self.msi_vectors, self.msix_vectors, 1, 1)
-
-    def _region(self, index: int) -> Region:
+    def __region(self, index: int) -> Region:
         if index == PciRegion.CONFIG:
             return Region(len(self.config))
+        if index == PciRegion.ROM:
+            return Region(self.config.rom_size, RegionFlags.READ if self.rom else 0)
         bar = self.bars.get(index)
         if bar is None:
             return Region(0, 0)
-        fd = self._bar_memory.fileno(index)
+        fd = self.__bar_memory.fileno(index)
         return Region(bar.size, fd=fd, sparse_areas=bar.sparse_areas, io_fds=tuple(self.io_fds(index)))
 
     # Hooks of the server
 
     def connected(self, link: Link) -> None:
-        self._link = self.dma.messages = link
+        self.__link = self.dma.messages = link
+        self.__doorbells.watch(link)
 
     def disconnected(self) -> None:
         self.irq.release_fds()
-        self._link = self.dma.messages = None
+        self.__link = self.dma.messages = None
+        self.__flr.settle()
 
     def region_read(self, region: int, offset: int, data: memoryview) -> None:
-        self._accesses.readers[region](region, offset, data)
+        self.__readers[region](region, offset, data)
 
     def region_write(self, region: int, offset: int, data: memoryview) -> None:
-        self._accesses.writers[region](region, offset, data)
+        self.__writers[region](region, offset, data)
+
+    def region_view(self, region: int, offset: int, count: int) -> memoryview | None:
+        return None if self.config.asleep else self.__accesses.view(region, offset, count)
 
     def dma_map(self, flags: int, offset: int, address: int, size: int, fd: OwnedFd | None) -> None:
         self.dma.map(address, size, flags, fd, offset)
@@ -200,30 +266,36 @@ class Device(ServerBackend):
         self.dma.unmap(address, size)
 
     def reset(self) -> None:
-        self._reset_state()
+        self.__migrator.reset()
+        self.reset_function()
+
+    def reset_function(self) -> None:
+        """All but where a migration stands, which a guest that resets its device does not know of."""
+        self.__reset_state()
         self.config.reset()
+        for registers in self.registers.values():
+            registers.reset()
         self.irq.reset()
-        self._follow_command()
-        if self._msix:
-            self._msix.reset()
-        self._migrator.reset()
+        if self.msix:
+            self.msix.reset()
+        self.follow_config()
         self.on_reset()
 
     def set_irqs(self, index: int, flags: int, start: int, count: int, fds: Sequence[OwnedFd]) -> None:
         self.irq.set_irqs(index, flags, start, count, fds)
 
-    def _watch_irq(self, fd: OwnedFd | None, index: int, vector: int, action: int) -> None:
+    def __watch_irq(self, fd: OwnedFd | None, index: int, vector: int, action: int) -> None:
         """Do ``action`` whenever the client signals ``fd``; None: no longer."""
         key = index, vector, action
-        link = self._link
+        link = self.__link
         if link is None:
             return
-        previous = self._irq_watches.pop(key, None)
+        previous = self.__irq_watches.pop(key, None)
         if previous is not None:
             link.unwatch(previous)
         if fd is None:
             return
-        number = self._irq_watches[key] = fd.fileno()
+        number = self.__irq_watches[key] = fd.fileno()
 
         def signalled() -> None:
             if take_signals(number):
@@ -231,11 +303,34 @@ class Device(ServerBackend):
 
         link.watch(number, signalled)
 
-    def _show_level(self, asserted: bool) -> None:
+    def __show_level(self, asserted: bool) -> None:
         self.config.interrupt_status = asserted
 
-    def _follow_command(self) -> None:
-        self.irq.intx_disabled = self.config.intx_disabled
+    def __msi_pending(self) -> int:
+        return int.from_bytes(self.irq.pba(PciIrq.MSI), "little")
+
+    def __write_config(self, region: int, offset: int, data: memoryview) -> None:
+        self.config.write(offset, data)
+        self.follow_config()
+        self.on_config_write(offset, len(data))
+
+    def follow_config(self, saved_interrupts: object = None) -> None:
+        """Do what config space means for the rest of the device; interrupts that were saved with it are loaded."""
+        self.__readers, self.__writers = self.__accesses.asleep if self.config.asleep else self.__accesses.awake
+        if saved_interrupts is None:
+            self.irq.hold(self.__held_interrupts())
+        else:
+            self.irq.load(saved_interrupts, self.__held_interrupts())
+
+    def __held_interrupts(self) -> dict[int, int]:
+        config = self.config
+        if config.asleep:
+            return dict.fromkeys((PciIrq.INTX, PciIrq.MSI, PciIrq.MSIX), _ALL)
+        return {
+            PciIrq.INTX: _ALL * config.intx_disabled,
+            PciIrq.MSI: config.msi_mask,
+            PciIrq.MSIX: _ALL * config.msix_masked,
+        }
 
     # Migration
 
@@ -244,21 +339,24 @@ class Device(ServerBackend):
 
     def migration_get_state(self) -> DeviceState:
         self.migration_flags()
-        return self._migrator.state
+        return self.__migrator.state
 
     def migration_set_state(self, state: DeviceState) -> None:
         self.migration_flags()
-        self._migrator.set(state)
+        if self.__migrator.running:
+            self.__doorbells.settle()
+            self.__flr.settle()
+        self.__migrator.set(state)
 
     def migration_read_data(self, data: memoryview) -> int:
-        return self._migrator.read(data)
+        return self.__migrator.read(data)
 
     def migration_write_data(self, data: memoryview) -> None:
-        self._migrator.write(data)
+        self.__migrator.write(data)
 
     def migration_data_size(self) -> int:
         self.migration_flags()
-        return self._migrator.data_size()
+        return self.__migrator.data_size()
 
     def dma_logging_start(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> int:
         self.migration_flags()
@@ -276,32 +374,3 @@ class Device(ServerBackend):
     def stream_identity(self) -> StreamIdentity:
         """What the migration stream of this device begins with: only a device of the same kind loads it."""
         return StreamIdentity(self.vendor_id, self.device_id, self.state_version)
-
-    def collect(self) -> dict[str, object]:
-        """All of the device's state but the memory of its BARs, as the stream has it."""
-        return {
-            "config": self.config.save(),
-            "interrupts": dict(self.irq.save()),
-            "msix": self._msix.save() if self._msix else b"",
-            "fields": {name: saved_value(getattr(self, name)) for name in self.declared_state},
-            "device": self.save(),
-        }
-
-    def apply(self, collected: dict[str, object], loaded: LoadedStream) -> None:
-        """Become what :meth:`collect` of such a device gave. Raises ValueError, and may then be half of it."""
-        if collected.keys() != {"config", "interrupts", "msix", "fields", "device"}:
-            raise ValueError(f"the state has the parts {', '.join(collected)}")
-        config, msix, fields, device = (collected[part] for part in ("config", "msix", "fields", "device"))
-        if not isinstance(config, bytes) or not isinstance(msix, bytes):
-            raise ValueError("config and msix are bytes")
-        if not isinstance(fields, dict) or not isinstance(device, dict):
-            raise ValueError("fields and device are maps")
-        complete = loaded.state_version == self.state_version
-        values = restored_values(self.declared_state, fields, complete=complete)
-        self.config.load(config)
-        self.irq.load(collected["interrupts"], intx_disabled=self.config.intx_disabled)
-        if self._msix:
-            self._msix.load(msix)
-        for name, value in values.items():
-            setattr(self, name, value)
-        self.load(device, loaded.pre_copy)

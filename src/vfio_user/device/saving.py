@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from vfio_user.device.contents import apply, collect
 from vfio_user.errors import StreamError
 from vfio_user.migration import (
     SAVING_STATES,
     LoadedStream,
     StateMachine,
-    StreamIdentity,
     StreamReader,
     StreamWriter,
     decode_state,
@@ -19,31 +19,11 @@ from vfio_user.migration import (
 )
 from vfio_user.wire.constants import DeviceState, MigrationFlags
 
+if TYPE_CHECKING:
+    from vfio_user.device.device import Device
+
 LOAD_SLACK = 1 << 20
 """Bytes that a stream may be longer than what this device itself would send, pre-copy aside."""
-
-
-class Saved(Protocol):
-    """What the migrator needs of a device."""
-
-    @property
-    def pre_copy_limit(self) -> int: ...
-
-    @property
-    def stream_identity(self) -> StreamIdentity: ...
-
-    @property
-    def memory(self) -> Mapping[int, memoryview]: ...
-
-    def collect(self) -> dict[str, object]:
-        """All of the state but the memory of BARs."""
-
-    def apply(self, collected: dict[str, object], loaded: LoadedStream) -> None:
-        """Become what ``collected`` says. Raises ValueError, KeyError, TypeError or OSError when that cannot be."""
-
-    def pre_copy_start(self) -> None: ...
-
-    def pre_copy(self) -> bytes: ...
 
 
 class Migrator:
@@ -53,7 +33,7 @@ class Migrator:
     has come to RUNNING from a state in which it stood still.
     """
 
-    def __init__(self, device: Saved, flags: MigrationFlags, entered_running: Callable[[], None]) -> None:
+    def __init__(self, device: Device, flags: MigrationFlags, entered_running: Callable[[], None]) -> None:
         self._device = device
         self._entered_running = entered_running
         self._machine = StateMachine(flags, self._step)
@@ -64,6 +44,11 @@ class Migrator:
     @property
     def state(self) -> DeviceState:
         return self._machine.state
+
+    @property
+    def running(self) -> bool:
+        """Whether the device works for the guest."""
+        return self._machine.running
 
     def set(self, state: DeviceState) -> None:
         """Go to ``state`` arc by arc. Raises TransitionError."""
@@ -130,7 +115,7 @@ class Migrator:
 
     def _finish(self, stream: StreamWriter) -> None:
         """Add all that is left to say of the device as it is now."""
-        stream.add_state(encode_state(self._device.collect()))
+        stream.add_state(encode_state(collect(self._device)))
         for index, memory in self._device.memory.items():
             stream.add_memory(index, 0, memory)
         stream.end()
@@ -143,13 +128,13 @@ class Migrator:
 
     def _load(self, loaded: LoadedStream) -> None:
         """Have the device become what the stream says, or stay what it is."""
-        before = self._device.collect()
+        before = collect(self._device)
         try:
             self._check_memory(loaded)
-            self._device.apply(decode_state(loaded.state), loaded)
+            apply(self._device, decode_state(loaded.state), loaded)
         except (ValueError, KeyError, TypeError, OSError) as error:
             version = self._device.stream_identity.state_version
-            self._device.apply(before, LoadedStream([], b"", [], version))
+            apply(self._device, before, LoadedStream([], b"", [], version))
             raise StreamError(f"the stream does not fit {type(self._device).__name__}: {error}") from error
         for block in loaded.memory:
             self._device.memory[block.region][block.offset : block.offset + len(block.data)] = block.data

@@ -13,7 +13,7 @@ from functools import partial
 
 from vfio_user.device import Bar, Device, option
 from vfio_user.fds import OwnedFd, take_signals
-from vfio_user.pci.capabilities import MAX_MSIX_VECTORS
+from vfio_user.pci.msi import MAX_MSIX_VECTORS
 from vfio_user.server.backend import Link, RegionIoFd
 from vfio_user.wire.constants import MAX_MSG_FDS, IoFdType
 

@@ -1,19 +1,13 @@
-"""Base address registers as declarations, and the MSI-X table that lives behind one.
+"""Base address registers as declarations.
 
-Source: PCI Local Bus specification 3.0, sections 6.2.5 (base addresses) and 6.8.2 (MSI-X structures).
+Source: PCI Local Bus specification 3.0, section 6.2.5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from mmap import PAGESIZE
-from typing import TYPE_CHECKING
-
-from vfio_user.pci.registers import Buffer, Register, RegisterFile
-
-if TYPE_CHECKING:
-    from vfio_user.pci.capabilities import MsixCapability
 
 NUM_BARS = 6
 
@@ -33,7 +27,7 @@ class Bar:
     """A base address register: how many bytes of which space it claims, and whether memory stands behind it.
 
     ``memory`` makes it mmap-able by the client, but for the pages of the ``trapped`` ranges, whose accesses
-    still come as messages. Raises ValueError for a declaration that no PCI bus could carry out.
+    still come as messages.
     """
 
     size: int
@@ -43,7 +37,8 @@ class Bar:
     memory: bool = field(default=False, kw_only=True)
     trapped: tuple[Range, ...] = field(default=(), kw_only=True)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError for a declaration that no PCI bus could carry out; config space asks, and says which BAR."""
         smallest, largest = self._limits()
         if self.size.bit_count() != 1 or not smallest <= self.size <= largest:
             raise ValueError(f"{self}: the size must be a power of two, {smallest:#x} to {largest:#x}")
@@ -103,72 +98,3 @@ class Bar:
             free = max(free, -(-(offset + size) // PAGESIZE) * PAGESIZE)
         if free < self.size:
             yield free, self.size - free
-
-
-_ENTRY_SIZE = 16
-_ENTRY_RESET = (1 << 96).to_bytes(_ENTRY_SIZE, "little")
-"""Vector control, the last 4 bytes, starts with its mask bit set."""
-_ENTRY_WRITABLE = ((1 << 96) | ((1 << 96) - 4)).to_bytes(_ENTRY_SIZE, "little")
-"""Address (but for its two low bits), data, and of vector control the mask bit only."""
-
-
-class MsixTable:
-    """The MSI-X table and the pending bit array where ``capability`` puts them.
-
-    The table is storage only. A VMM keeps the table that counts and shows the outcome by SET_IRQS; QEMU does
-    not even send the writes. So the mask bits here hold nothing back. ``pba()`` gives the bytes of the
-    pending bit array, :meth:`vfio_user.pci.Interrupts.pba`.
-    """
-
-    def __init__(self, capability: MsixCapability, pba: Callable[[], bytes]) -> None:
-        entries = Register(
-            0,
-            capability.table_size,
-            "table",
-            reset=int.from_bytes(_ENTRY_RESET * capability.vectors, "little"),
-            writable=int.from_bytes(_ENTRY_WRITABLE * capability.vectors, "little"),
-        )
-        pending = Register(0, capability.pba_size, "pba", on_read=lambda: int.from_bytes(pba(), "little"))
-        self._table = RegisterFile(entries.width, [entries])
-        self._areas = (
-            (capability.table_bar, capability.table_offset, self._table),
-            (capability.pba_bar, capability.pba_offset, RegisterFile(pending.width, [pending])),
-        )
-
-    def read_into(self, bar: int, offset: int, data: memoryview) -> bool:
-        """Answer a read that touches table or pending bits; what lies beside them reads 0.
-
-        False: the access touches neither, and nothing was done.
-        """
-        parts = list(self._parts(bar, offset, len(data)))
-        if parts:
-            data[:] = bytes(len(data))
-        for registers, start, part in parts:
-            registers.read_into(start, data[part])
-        return bool(parts)
-
-    def write(self, bar: int, offset: int, data: Buffer) -> bool:
-        """Take a write that touches table or pending bits (which ignore it). False: it touches neither."""
-        parts = list(self._parts(bar, offset, len(data)))
-        for registers, start, part in parts:
-            registers.write(start, data[part])
-        return bool(parts)
-
-    def reset(self) -> None:
-        """Empty the table: every vector masked."""
-        self._table.reset()
-
-    def save(self) -> bytes:
-        """The table, 16 bytes per vector. The pending bits belong to the interrupts."""
-        return self._table.save()
-
-    def load(self, data: Buffer) -> None:
-        """Take over what :meth:`save` gave. Raises ValueError for another length."""
-        self._table.load(data)
-
-    def _parts(self, bar: int, offset: int, length: int) -> Iterator[tuple[RegisterFile, int, slice]]:
-        """(registers, offset in them, slice of the data) for each area that an access touches."""
-        for area_bar, base, registers in self._areas:
-            start, stop = max(offset, base), min(offset + length, base + len(registers))
-            if area_bar == bar and start < stop:
-                yield registers, start - base, slice(start - offset, stop - offset)

@@ -1,27 +1,26 @@
 """PCI capabilities as declarations: what they put into config space, and where.
 
-Sources: PCI Local Bus specification 3.0, sections 6.7 (the list) and 6.8 (MSI, MSI-X); ``linux/pci_regs.h``.
+Here are the two lists, the one below 0x100 and that of the extended capabilities behind it; what stands in them is in
+:mod:`~vfio_user.pci.msi`, :mod:`~vfio_user.pci.power` and :mod:`~vfio_user.pci.express`.
+
+Sources: PCI Local Bus specification 3.0, section 6.7; PCI Express base specification 4.0, sections 7.6.1 and 7.9;
+``linux/pci_regs.h``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
-from vfio_user.pci.bars import NUM_BARS, Bar
+from vfio_user.pci.bars import Bar
 from vfio_user.pci.registers import Register
 
-MSI_ENABLE = 1 << 0
-MSIX_FUNCTION_MASK = 1 << 14
-MSIX_ENABLE = 1 << 15
-
-MAX_MSI_VECTORS = 32
-MAX_MSIX_VECTORS = 2048
+CONFIG_SIZE = 0x100
+EXTENDED_CONFIG_SIZE = 0x1000
 
 _FIRST = 0x40
-_END = 0x100
 _ALIGNMENT = 4
-_HEADER_SIZE = 2
 
 
 class Capability:
@@ -29,130 +28,106 @@ class Capability:
 
     Subclasses declare what follows in :meth:`registers`. ``name`` goes before the names of these registers in
     config space, with a dot between: ``"msix.control"``.
+
+    Raises ValueError for an id or a length that cannot be.
     """
 
+    area: ClassVar[range] = range(_FIRST, CONFIG_SIZE)
+    """Where in config space the list of this kind lies; its first capability is at the start."""
+    header_size: ClassVar[int] = 2
+    max_id: ClassVar[int] = 0xFF
+
     def __init__(self, id: int, length: int, name: str) -> None:
-        if not 0 <= id <= 0xFF or not _HEADER_SIZE <= length <= _END - _FIRST:
-            raise ValueError(f"capability {name!r}: an id of one byte and 2 to 192 bytes, not {id:#x} and {length}")
+        if not 0 <= id <= self.max_id or not self.header_size <= length <= len(self.area):
+            raise ValueError(
+                f"capability {name!r}: ids are 0 to {self.max_id:#x}, not {id:#x}; lengths {self.header_size} to"
+                f" {len(self.area)} bytes, not {length}"
+            )
         self.id = id
         self.length = length
         self.name = name
 
+    def header(self, following: int) -> int:
+        """The header's value; ``following``: the offset of the next capability, 0 for none."""
+        return self.id | following << 8
+
     def registers(self) -> Sequence[Register]:
-        """The registers behind the two bytes of the header, with offsets from the start of the capability."""
+        """The registers behind the header, with offsets from the start of the capability."""
         return ()
 
     def check(self, bars: Mapping[int, Bar]) -> None:
         """Raise ValueError if this capability does not go with the function's BARs."""
 
 
-class MsiCapability(Capability):
-    """MSI with 64-bit addresses. ``vectors``: a power of two, 1 to 32.
+class ExtendedCapability(Capability):
+    """One capability of PCI Express' list behind 0x100: its header has 4 bytes, with a ``version`` of 1 to 15."""
 
-    With ``per_vector_masking`` come a mask register and a pending register, which shows ``pending()``, bit n
-    for vector n.
+    area = range(CONFIG_SIZE, EXTENDED_CONFIG_SIZE)
+    header_size = 4
+    max_id = 0xFFFF
+
+    def __init__(self, id: int, version: int, length: int, name: str) -> None:
+        super().__init__(id, length, name)
+        if not 1 <= version <= 15:
+            raise ValueError(f"capability {name!r}: versions are 1 to 15, not {version}")
+        self.version = version
+
+    def header(self, following: int) -> int:
+        return self.id | self.version << 16 | following << 20
+
+
+class VendorSpecific(Capability):
+    """A vendor's own bytes: ``body`` after id, pointer and length, of which a guest changes those bits that are in
+    ``writable``, a mask of as many bytes; it stands in config space as one register, ``NAME.body``.
+
+    Source: PCI Local Bus specification 3.0, appendix H.
     """
 
-    def __init__(
-        self,
-        vectors: int = 1,
-        per_vector_masking: bool = False,
-        *,
-        pending: Callable[[], int] | None = None,
-    ) -> None:
-        if vectors.bit_count() != 1 or not 1 <= vectors <= MAX_MSI_VECTORS:
-            raise ValueError(f"MSI vectors: a power of two, 1 to {MAX_MSI_VECTORS}, not {vectors}")
-        super().__init__(0x05, 0x18 if per_vector_masking else 0x0E, "msi")
-        self.vectors = vectors
-        self.per_vector_masking = per_vector_masking
-        self._pending = pending
+    def __init__(self, body: bytes, writable: bytes = b"", *, name: str = "vendor") -> None:
+        super().__init__(0x09, 3 + len(body), name)
+        self._registers = [Register(2, 1, "length", self.length), *body_register(3, body, writable)]
 
     def registers(self) -> Sequence[Register]:
-        capable = (self.vectors.bit_length() - 1) << 1 | 1 << 7 | self.per_vector_masking << 8
-        message = (
-            Register(0x02, 2, "control", reset=capable, writable=MSI_ENABLE | 0b111 << 4),
-            Register(0x04, 8, "address", writable=(1 << 64) - 4),
-            Register(0x0C, 2, "data", writable=0xFFFF),
-        )
-        masking = (
-            Register(0x10, 4, "mask", writable=(1 << self.vectors) - 1),
-            Register(0x14, 4, "pending", on_read=self._pending),
-        )
-        return message + masking if self.per_vector_masking else message
+        return self._registers
 
 
-class MsixCapability(Capability):
-    """MSI-X: 1 to 2048 vectors, with table and pending bit array (PBA) in memory BARs, at multiples of 8."""
-
-    def __init__(self, vectors: int, table_bar: int, table_offset: int, pba_bar: int, pba_offset: int) -> None:
-        if not 1 <= vectors <= MAX_MSIX_VECTORS:
-            raise ValueError(f"MSI-X vectors: 1 to {MAX_MSIX_VECTORS}, not {vectors}")
-        super().__init__(0x11, 0x0C, "msix")
-        self.vectors = vectors
-        self.table_bar, self.table_offset = table_bar, table_offset
-        self.pba_bar, self.pba_offset = pba_bar, pba_offset
-        for what, bar, offset, _ in self._structures():
-            if not 0 <= bar < NUM_BARS or offset % 8 or not 0 <= offset < 1 << 32:
-                raise ValueError(f"MSI-X {what} at {offset:#x} of BAR {bar}: BARs are 0 to 5, offsets multiples of 8")
-        if table_bar == pba_bar and -self.pba_size < pba_offset - table_offset < self.table_size:
-            raise ValueError(f"MSI-X table and PBA overlap in BAR {pba_bar}: move the PBA out of the table")
-
-    @property
-    def table_size(self) -> int:
-        """Bytes of the table: 16 per vector."""
-        return 16 * self.vectors
-
-    @property
-    def pba_size(self) -> int:
-        """Bytes of the pending bit array: whole 64-bit words."""
-        return (self.vectors + 63) // 64 * 8
-
-    def registers(self) -> Sequence[Register]:
-        return (
-            Register(0x02, 2, "control", reset=self.vectors - 1, writable=MSIX_FUNCTION_MASK | MSIX_ENABLE),
-            Register(0x04, 4, "table", reset=self.table_offset | self.table_bar),
-            Register(0x08, 4, "pba", reset=self.pba_offset | self.pba_bar),
-        )
-
-    def check(self, bars: Mapping[int, Bar]) -> None:
-        for what, index, offset, size in self._structures():
-            bar = bars.get(index)
-            if bar is None or bar.io or offset + size > bar.size:
-                raise ValueError(f"MSI-X {what}: no {size} bytes at {offset:#x} of a memory BAR {index}")
-            if not bar.traps(offset, size):
-                raise ValueError(
-                    f"MSI-X {what}: a client that maps BAR {index} would bypass the device:"
-                    f" add ({offset:#x}, {size:#x}) to its trapped ranges"
-                )
-
-    def _structures(self) -> Iterator[tuple[str, int, int, int]]:
-        yield "table", self.table_bar, self.table_offset, self.table_size
-        yield "PBA", self.pba_bar, self.pba_offset, self.pba_size
+def body_register(offset: int, body: bytes, writable: bytes) -> Iterator[Register]:
+    """A vendor's bytes as one register, none where there are no bytes. Raises ValueError for too long a mask."""
+    if len(writable) > len(body):
+        raise ValueError(f"a mask of {len(writable)} bytes for a body of {len(body)}: cut writable")
+    if body:
+        mask = int.from_bytes(writable, "little")
+        yield Register(offset, len(body), "body", int.from_bytes(body, "little"), writable=mask)
 
 
 def first_capability(capabilities: Sequence[Capability]) -> int:
-    """The offset of the first capability in config space; 0 without any."""
-    return _FIRST if capabilities else 0
+    """What the capabilities pointer holds; 0 without any capability."""
+    return _FIRST if any(capability.area.start == _FIRST for capability in capabilities) else 0
 
 
 def capability_registers(capabilities: Sequence[Capability]) -> Iterator[Register]:
-    """The registers of a list of capabilities, one behind the other and chained, by offset in config space.
+    """The registers of all capabilities by offset in config space: in each list one behind the other, and chained.
 
-    Raises ValueError if the list does not fit below 0x100.
+    Raises ValueError if a list does not fit.
     """
-    offset = _FIRST
+    for area in (Capability.area, ExtendedCapability.area):
+        yield from _chain([capability for capability in capabilities if capability.area == area], area)
+
+
+def _chain(capabilities: Sequence[Capability], area: range) -> Iterator[Register]:
+    offset = area.start
     for position, capability in enumerate(capabilities):
         end = -(-(offset + capability.length) // _ALIGNMENT) * _ALIGNMENT
-        if end > _END:
-            raise ValueError(f"capability {capability.name!r} ends at {end:#x}, behind {_END:#x}: drop one")
+        if end > area.stop:
+            raise ValueError(f"capability {capability.name!r} ends at {end:#x}, behind {area.stop:#x}: drop one")
         following = end if position + 1 < len(capabilities) else 0
-        yield Register(offset, _HEADER_SIZE, f"{capability.name}.header", reset=capability.id | following << 8)
+        yield Register(offset, capability.header_size, f"{capability.name}.header", capability.header(following))
         for register in capability.registers():
             yield _placed(capability, register, offset)
         offset = end
 
 
 def _placed(capability: Capability, register: Register, base: int) -> Register:
-    if register.offset < _HEADER_SIZE or register.end > capability.length:
+    if register.offset < capability.header_size or register.end > capability.length:
         raise ValueError(f"{register} is not inside the {capability.length} bytes of {capability.name!r}")
     return replace(register, offset=base + register.offset, name=f"{capability.name}.{register.name}")

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Final, TypedDict
 
 from vfio_user.fds import OwnedFd, is_eventfd, signal_eventfd
-from vfio_user.pci.capabilities import MAX_MSI_VECTORS, MAX_MSIX_VECTORS
+from vfio_user.pci.msi import MAX_MSI_VECTORS, MAX_MSIX_VECTORS
 
 INTX, MSI, MSIX, ERR, REQ = range(5)
 """The interrupt indexes of a PCI device (VFIO_PCI_*_IRQ_INDEX)."""
@@ -126,15 +126,19 @@ class Interrupts:
         """The level of INTx, which PCI status bit 3 shows."""
         return self._intx.asserted
 
-    @property
-    def intx_disabled(self) -> bool:
-        """Bit 10 of the command register: INTx is held back. Clearing it lets out what stands."""
-        return self._intx.disabled
+    def hold(self, held: Mapping[int, int]) -> None:
+        """What the guest holds back by the function's own registers: by index, bit n for vector n; missing: nothing.
 
-    @intx_disabled.setter
-    def intx_disabled(self, disabled: bool) -> None:
-        self._intx.disabled = disabled
-        self._intx.deliver(0)
+        That is bit 10 of the command register (INTX), the mask of MSI, the function mask of MSI-X. What waited and is
+        held no more is delivered.
+        """
+        self._set_held(held)
+        for line in self._lines:
+            line.deliver_all()
+
+    def _set_held(self, held: Mapping[int, int]) -> None:
+        for index, line in enumerate(self._lines):
+            line.held = held.get(index, 0)
 
     def pba(self, index: int = MSIX) -> bytes:
         """The vectors of an index that wait for delivery: bit n for vector n, in whole 64-bit words."""
@@ -162,8 +166,8 @@ class Interrupts:
         """What a migration carries. Eventfds, masks and what they hold back belong to the connection."""
         return {"asserted": self._intx.asserted, "pending": [sorted(line.pending) for line in self._lines]}
 
-    def load(self, state: object, *, intx_disabled: bool | None = None) -> None:
-        """Take over what :meth:`save` gave, and bit 10 of a command register that came with it.
+    def load(self, state: object, held: Mapping[int, int]) -> None:
+        """Take over what :meth:`save` gave, and what the registers that came with it :meth:`hold`.
 
         Nothing is fired before :meth:`rearm`.
 
@@ -183,8 +187,7 @@ class Interrupts:
         ]
         for line, vectors in zip(self._lines, pending, strict=True):
             line.pending = vectors
-        if intx_disabled is not None:
-            self._intx.disabled = intx_disabled
+        self._set_held(held)
         self._set_level(asserted)
 
     # The client's side.
@@ -259,12 +262,13 @@ class Interrupts:
 
 
 class _Vectors:
-    """The vectors of one index: eventfds, and which vectors are masked or pending."""
+    """The vectors of one index: eventfds, and which are pending, masked (by SET_IRQS) or held (by registers)."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.eventfds: dict[int, OwnedFd] = {}
         self.masked: set[int] = set()
+        self.held = 0
         self.pending: set[int] = set()
 
     def fire(self, vector: int) -> None:
@@ -274,9 +278,12 @@ class _Vectors:
     def deliver(self, vector: int) -> None:
         """Signal the eventfd of a pending vector, if nothing holds it back."""
         fd = self.eventfds.get(vector)
-        if fd is not None and vector in self.pending and vector not in self.masked:
+        if fd is not None and vector in self.pending and not self.held_back(vector):
             self.pending.discard(vector)
             _signal(fd.fileno())
+
+    def held_back(self, vector: int) -> bool:
+        return vector in self.masked or bool(self.held >> vector & 1)
 
     def deliver_all(self) -> None:
         for vector in sorted(self.waiting()):
@@ -313,13 +320,11 @@ class _IntxLine(_Vectors):
     def __init__(self, count: int) -> None:
         super().__init__(count)
         self.asserted = False
-        self.disabled = False
         self.in_service = False
 
     def deliver(self, vector: int) -> None:
         fd = self.eventfds.get(vector)
-        held_back = vector in self.masked or self.disabled
-        if fd is not None and self.waiting() and not held_back:
+        if fd is not None and self.waiting() and not self.held_back(vector):
             self.pending.clear()
             self.in_service = self.asserted
             _signal(fd.fileno())

@@ -1,23 +1,30 @@
-"""Registers are declared, not coded: value, write mask, write-one-to-clear mask, hooks for their effects."""
+"""Registers are declared, not coded: reset value, masks of what a write does to each bit, hooks for their effects."""
 
 from __future__ import annotations
 
 import errno
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from operator import attrgetter
 
 Buffer = bytes | bytearray | memoryview
+
+ReadHook = Callable[[], int]
+WriteHook = Callable[[int, int], None]
+
+_MASKS = ("writable", "w1c", "strobe")
 
 
 @dataclass(frozen=True, slots=True)
 class Register:
     """A little-endian register: ``width`` bytes at ``offset``.
 
-    Every bit is read-only unless ``writable`` or ``w1c`` (write one to clear) has it. ``on_read()`` gives the
-    value that a read shows in place of the stored one. ``on_write(old, new)`` is called after a write that
-    touched the register, also where no bit changed: a doorbell is rung by any write.
+    Every bit is read-only unless one of the masks has it: ``writable``; ``w1c``, write one to clear; ``strobe``, a bit
+    that always reads 0 and whose ones only ``on_write`` sees. ``on_read()`` gives the value that a read shows in place
+    of the stored one, cut to the width. ``on_write(old, new)`` is called after a write that touched the register, also
+    where no bit changed: a doorbell is rung by any write.
 
     Raises ValueError for a declaration that cannot be meant.
     """
@@ -28,18 +35,24 @@ class Register:
     reset: int = 0
     writable: int = 0
     w1c: int = 0
-    on_read: Callable[[], int] | None = None
-    on_write: Callable[[int, int], None] | None = None
+    strobe: int = 0
+    on_read: ReadHook | None = None
+    on_write: WriteHook | None = None
 
     def __post_init__(self) -> None:
         if self.offset < 0 or self.width < 1:
             raise ValueError(f"{self}: offsets start at 0, widths at 1 byte")
-        for what in ("reset", "writable", "w1c"):
+        for what in ("reset", *_MASKS):
             value = getattr(self, what)
             if not 0 <= value < 1 << 8 * self.width:
                 raise ValueError(f"{self}: {what} {value:#x} does not fit: widen the register or cut the value")
-        if both := self.writable & self.w1c:
-            raise ValueError(f"{self}: bits {both:#x} are in writable and in w1c: choose one")
+        for one, other in combinations(_MASKS, 2):
+            if both := getattr(self, one) & getattr(self, other):
+                raise ValueError(f"{self}: bits {both:#x} are in {one} and in {other}: choose one")
+        if self.reset & self.strobe:
+            raise ValueError(
+                f"{self}: bits {self.reset & self.strobe:#x} of strobe always read 0: drop them from reset"
+            )
 
     @property
     def end(self) -> int:
@@ -61,98 +74,113 @@ class RegisterFile:
     """
 
     def __init__(self, size: int, registers: Iterable[Register]) -> None:
+        self._size = size
         self._registers = sorted(registers, key=attrgetter("offset"))
         _check_layout(size, self._registers)
         self._offsets = [register.offset for register in self._registers]
         self._ends = [register.end for register in self._registers]
         self._by_name = {register.name: register for register in self._registers}
-        self._reset = _image(size, ((r, r.reset) for r in self._registers))
-        self._writable = _image(size, ((r, r.writable) for r in self._registers))
-        self._w1c = _image(size, ((r, r.w1c) for r in self._registers))
-        self._values = bytearray(self._reset)
+        self._values = {register.name: register.reset for register in self._registers}
 
     def __len__(self) -> int:
         """The size in bytes."""
-        return len(self._values)
+        return self._size
 
     def __iter__(self) -> Iterator[Register]:
         """The declared registers, by offset."""
         return iter(self._registers)
 
-    def read_into(self, offset: int, data: memoryview) -> None:
-        """Fill ``data`` with what stands at ``offset``."""
-        end = self._end(offset, len(data))
-        data[:] = self._values[offset:end]
-        for register in self._touched(offset, end):
-            if register.on_read is not None:
-                shown = register.on_read().to_bytes(register.width, "little")
-                start, stop = max(offset, register.offset), min(end, register.end)
-                data[start - offset : stop - offset] = shown[start - register.offset : stop - register.offset]
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
 
-    def write(self, offset: int, data: Buffer) -> None:
-        """Write ``data`` at ``offset`` as far as the masks let it, then call the hooks of what it touched."""
-        end = self._end(offset, len(data))
-        touched = [(hook, r, self._value(r)) for r in self._touched(offset, end) if (hook := r.on_write)]
-        self._write_masked(slice(offset, end), int.from_bytes(data, "little"))
-        for hook, old, new in [(hook, old, self._value(r)) for hook, r, old in touched]:
-            hook(old, new)
+    def touched(self, offset: int, length: int) -> Sequence[Register]:
+        """The registers that an access to these bytes touches, by offset. Of no bytes: none."""
+        if not length:
+            return ()
+        return self._registers[bisect_right(self._ends, offset) : bisect_left(self._offsets, offset + length)]
+
+    def read_into(self, offset: int, data: memoryview) -> bool:
+        """Fill ``data`` with what stands at ``offset``. False: that touches no register, it is all zeros."""
+        self._check_inside(offset, len(data))
+        touched = self.touched(offset, len(data))
+        data[:] = bytes(len(data))
+        for register in touched:
+            shown = register.on_read() if register.on_read else self._values[register.name]
+            content = (shown & (1 << 8 * register.width) - 1).to_bytes(register.width, "little")
+            start, stop = _overlap(register, offset, len(data))
+            data[start - offset : stop - offset] = content[start - register.offset : stop - register.offset]
+        return bool(touched)
+
+    def write(self, offset: int, data: Buffer) -> bool:
+        """Write ``data`` at ``offset`` as far as the masks let it, then call the hooks. False: it touches nothing."""
+        self._check_inside(offset, len(data))
+        touched = self.touched(offset, len(data))
+        effects = []
+        for register in touched:
+            start, stop = _overlap(register, offset, len(data))
+            shift = 8 * (start - register.offset)
+            written = int.from_bytes(data[start - offset : stop - offset], "little") << shift
+            old, new = self._store(register, written, ((1 << 8 * (stop - start)) - 1) << shift)
+            if register.on_write is not None:
+                effects.append((register.on_write, old, new))
+        for effect, old, new in effects:
+            effect(old, new)
+        return bool(touched)
+
+    def _store(self, register: Register, written: int, reached: int) -> tuple[int, int]:
+        """Write the bits that were ``reached``; the values before and after, as a hook sees them."""
+        old = self._values[register.name]
+        writable = register.writable & reached
+        self._values[register.name] = stored = old & ~writable & ~(written & register.w1c) | written & writable
+        return old, stored | written & register.strobe
 
     def get(self, name: str) -> int:
         """The stored value of a register. Raises KeyError for an unknown name."""
-        return self._value(self._by_name[name])
+        return self._values[name]
 
     def set(self, name: str, value: int) -> None:
         """Store a value from the device's own side: no mask holds. Raises ValueError for one too large."""
         register = self._by_name[name]
         if not 0 <= value < 1 << 8 * register.width:
             raise ValueError(f"{register}: {value:#x} does not fit")
-        self._values[register.offset : register.end] = value.to_bytes(register.width, "little")
+        self._values[name] = value
 
     def reset(self) -> None:
         """Put every register back to its reset value."""
-        self._values[:] = self._reset
+        self._values = {register.name: register.reset for register in self._registers}
 
-    def save(self) -> bytes:
-        """The stored values, ``len(self)`` bytes."""
-        return bytes(self._values)
+    def save(self) -> dict[str, bytes]:
+        """The stored values by name, each of the register's width."""
+        return {name: value.to_bytes(self._by_name[name].width, "little") for name, value in self._values.items()}
 
-    def load(self, data: Buffer) -> None:
+    def load(self, saved: Mapping[str, bytes], *, complete: bool = True) -> None:
         """Take over what :meth:`save` gave; no mask holds.
 
-        Raises ValueError, with nothing changed, for another length or values outside of the registers.
+        ``complete``: a register that is missing is an error; otherwise it gets its reset value. Raises ValueError,
+        which names the register, with nothing changed.
         """
-        if len(data) != len(self):
-            raise ValueError(f"saved registers of {len(data)} bytes, not of {len(self)}")
-        undeclared = bytearray(data)
-        for register in self._registers:
-            undeclared[register.offset : register.end] = bytes(register.width)
-        if any(undeclared):
-            raise ValueError("saved registers have a value where no register is declared")
-        self._values[:] = data
+        values = {register.name: register.reset for register in self._registers}
+        if complete and (missing := values.keys() - saved.keys()):
+            raise ValueError(f"missing registers: {', '.join(sorted(missing))}")
+        for name, content in saved.items():
+            register = self._by_name.get(name)
+            if register is None:
+                raise ValueError(f"unknown register {name!r}")
+            if len(content) != register.width:
+                raise ValueError(f"{register}: saved are {len(content)} bytes")
+            values[name] = int.from_bytes(content, "little")
+        self._values = values
 
-    def _end(self, offset: int, length: int) -> int:
-        end = offset + length
-        if offset < 0 or end > len(self._values):
+    def _check_inside(self, offset: int, length: int) -> None:
+        if offset < 0 or offset + length > self._size:
             raise OSError(
-                errno.EINVAL,
-                f"{length} bytes at {offset:#x} are not inside the {len(self)} bytes of registers",
+                errno.EINVAL, f"{length} bytes at {offset:#x} are not inside the {self._size} bytes of registers"
             )
-        return end
 
-    def _touched(self, offset: int, end: int) -> Sequence[Register]:
-        if offset == end:
-            return ()  # an access of no bytes touches nothing, inside a register either
-        return self._registers[bisect_right(self._ends, offset) : bisect_left(self._offsets, end)]
 
-    def _value(self, register: Register) -> int:
-        return int.from_bytes(self._values[register.offset : register.end], "little")
-
-    def _write_masked(self, span: slice, new: int) -> None:
-        old = int.from_bytes(self._values[span], "little")
-        writable = int.from_bytes(self._writable[span], "little")
-        w1c = int.from_bytes(self._w1c[span], "little")
-        value = (old & ~writable & ~(new & w1c)) | (new & writable)
-        self._values[span] = value.to_bytes(span.stop - span.start, "little")
+def _overlap(register: Register, offset: int, length: int) -> tuple[int, int]:
+    """From where to where an access touches a register."""
+    return max(offset, register.offset), min(offset + length, register.end)
 
 
 def _check_layout(size: int, registers: Sequence[Register]) -> None:
@@ -167,10 +195,3 @@ def _check_layout(size: int, registers: Sequence[Register]) -> None:
             raise ValueError(f"{register}: the name is taken: choose another")
         names.add(register.name)
         end, previous = register.end, register
-
-
-def _image(size: int, fields: Iterable[tuple[Register, int]]) -> bytes:
-    image = bytearray(size)
-    for register, value in fields:
-        image[register.offset : register.end] = value.to_bytes(register.width, "little")
-    return bytes(image)
