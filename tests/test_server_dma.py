@@ -231,12 +231,55 @@ def test_quiesce_refuses(backend: MigratableBackend, peer: RawPeer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "size"), [(0x10000, 0x2000), (0x12000, 0x2000), (0x11000, 0x1000), (0, 2**64 - 1), (0x10000, 0), (0, 0)]
+    ("address", "size"),
+    [
+        (0x10000, 0x2000),
+        (0x12000, 0x2000),
+        (0x11000, 0x1000),
+        (0x12000, 2**64 - 0x12000),
+        (0, 0x12000),
+        (0, 0x10000),
+        (0x14000, 0x1000),
+        (0x10000, 0),
+        (0, 0),
+        (2**64 - 1, 2**64 - 1),
+    ],
 )
-def test_unmap_takes_exactly_one_region(backend: MigratableBackend, peer: RawPeer, address: int, size: int) -> None:
+def test_unmap_takes_no_part_of_a_region(backend: MigratableBackend, peer: RawPeer, address: int, size: int) -> None:
     peer.ok(MAP, dma_map(0x10000, 0x4000))
     assert peer.refused(UNMAP, dma_unmap(address, size)) == errno.ENOENT
     assert not backend.called("dma_unmap")
+
+
+@pytest.mark.parametrize(("address", "size"), [(0x10000, 0x5000), (0, 1 << 20), (0, 2**64 - 1), (0xF000, 0x6001)])
+def test_unmap_takes_all_regions_of_a_range(backend: MigratableBackend, peer: RawPeer, address: int, size: int) -> None:
+    """As the kernel's VFIO does: QEMU with an emulated IOMMU ends an address space so, and then maps the next."""
+    for page in (0x10000, 0x11000, 0x14000):
+        peer.ok(MAP, dma_map(page, 0x1000))
+    assert peer.ok(UNMAP, dma_unmap(address, size)) == dma_unmap(address, size)
+    assert sorted(backend.called("dma_unmap")) == [
+        ("dma_unmap", 0, page, 0x1000) for page in (0x10000, 0x11000, 0x14000)
+    ]
+    peer.ok(MAP, dma_map(0, 1 << 20))
+
+
+def test_a_range_that_cuts_its_last_region_takes_none(backend: MigratableBackend, peer: RawPeer) -> None:
+    for page in (0x10000, 0x12000):
+        peer.ok(MAP, dma_map(page, 0x2000))
+    for address, size in ((0x10000, 0x3000), (0x11000, 0x3000)):
+        assert peer.refused(UNMAP, dma_unmap(address, size)) == errno.ENOENT
+    assert not backend.called("dma_unmap")
+
+
+def test_the_hook_refuses_in_the_middle_of_a_range(backend: MigratableBackend, peer: RawPeer) -> None:
+    """What the client is told is an error; what the server believes to be mapped is what the backend has."""
+    for page in (0x10000, 0x11000):
+        peer.ok(MAP, dma_map(page, 0x1000))
+    backend.fail["dma_unmap"] = OSError(errno.EBUSY, "no")
+    assert peer.refused(UNMAP, dma_unmap(0, 1 << 20)) == errno.EBUSY
+    backend.fail.clear()
+    peer.ok(UNMAP, dma_unmap(0x10000, 0x1000))
+    peer.ok(UNMAP, dma_unmap(0x11000, 0x1000))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from vfio_user.wire.constants import MAX_BITMAP_SIZE, MAX_DMA_REGION_SIZE, DmaFl
 _KNOWN_FLAGS = int(DmaFlags.READ | DmaFlags.WRITE | DmaFlags.MMAP | DmaFlags.FILE_IO)
 _FD_FLAGS = DmaFlags.MMAP | DmaFlags.FILE_IO
 
+_Entry = tuple[int, int, DmaMapping]
+"""Address, size, and what is there."""
+
 
 def dma_map(context: Context, message: Message) -> Reply:
     request = m.DmaMap.parse(message.payload)
@@ -63,22 +66,34 @@ def dma_unmap(context: Context, message: Message) -> Reply:
     if request.flags == DmaUnmapFlags.ALL:
         if request.address or request.size:
             raise MessageError("DMA_UNMAP of all takes no address and no size")
-        for address, size, _ in list(context.maps):
-            unmap(context, address, size)
+        _unmap_all(context, list(context.maps))
         return Reply([request.pack()])
     if request.flags not in (0, DmaUnmapFlags.GET_DIRTY_BITMAP):
         raise MessageError(f"DMA_UNMAP flags {request.flags:#x}")
     bitmap = _bitmap_request(message, request) if request.flags else None
-    if context.maps.get(request.address, request.size) is None:
-        raise MessageError(f"no DMA region at {request.address:#x}, {request.size:#x} bytes", errno.ENOENT)
+    regions = _regions_within(context, request.address, request.size, exactly_one=bitmap is not None)
     parts: list[m.Buffer] = [request.pack()]
     if bitmap is not None:
         bits = bytearray(bitmap.size)
         context.backend.dma_logging_report(request.address, request.size, bitmap.page_size, memoryview(bits))
         parts += [bitmap.pack(), bits]
-    context.backend.dma_unmap(request.flags, request.address, request.size)
-    context.maps.remove(request.address, request.size)
+    _unmap_all(context, regions, request.flags)
     return Reply(parts)
+
+
+def _regions_within(context: Context, address: int, size: int, *, exactly_one: bool) -> list[_Entry]:
+    """The regions that a range takes away: at least one, and all of them whole. Raises ENOENT otherwise.
+
+    libvfio-user wants exactly one region; here we follow the kernel's VFIO_IOMMU_UNMAP_DMA. QEMU needs that: behind
+    an emulated IOMMU it maps page by page, and when the guest takes the device to another address space, it unmaps
+    all of the old one in a few large ranges. What stayed would be reached by DMA that the guest has forbidden, and
+    be in the way of the next DMA_MAP.
+    """
+    regions = context.maps.overlapping(address, size)
+    whole = bool(regions) and regions[0][0] >= address and sum(regions[-1][:2]) <= address + size
+    if not whole or (exactly_one and regions[0][:2] != (address, size)):
+        raise MessageError(f"no DMA region at {address:#x}, {size:#x} bytes", errno.ENOENT)
+    return regions
 
 
 def _bitmap_request(message: Message, request: m.DmaUnmap) -> m.DirtyBitmapInfo:
@@ -91,7 +106,12 @@ def _bitmap_request(message: Message, request: m.DmaUnmap) -> m.DirtyBitmapInfo:
     return bitmap
 
 
-def unmap(context: Context, address: int, size: int) -> None:
+def _unmap_all(context: Context, regions: list[_Entry], flags: int = 0) -> None:
+    for address, size, _ in reversed(regions):  # from the end of the table: nothing in it has to move up
+        unmap(context, address, size, flags)
+
+
+def unmap(context: Context, address: int, size: int, flags: int = 0) -> None:
     """Take one region away from the backend."""
-    context.backend.dma_unmap(0, address, size)
+    context.backend.dma_unmap(flags, address, size)
     context.maps.remove(address, size)
