@@ -13,14 +13,17 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from vfio_user import Client, Irq, Region, Server, ServerBackend
+from vfio_user.devices.edu import Edu
 from vfio_user.devices.gpio import Gpio
+from vfio_user.devices.ivshmem import Ivshmem
 from vfio_user.errors import CommandError
 from vfio_user.fds import OwnedFd
 from vfio_user.wire import messages as m
@@ -263,6 +266,47 @@ def test_the_hooks_behind_the_recorded_requests_of_the_rust_client() -> None:
         "reset",
         "irqs 0 0x21 0 0 0",  # the client left
     ]
+
+
+def ask(sock: socket.socket, request: bytes, fds: Sequence[int]) -> bytes:
+    """Our reply to a request; its descriptors are closed."""
+    socket.send_fds(sock, [request], fds)
+    reply, received = receive(sock)
+    for fd in received:
+        fd.close()
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("device", "irq"), [(Gpio, 0), (Edu, 0), (partial(Ivshmem, size=1 << 16, trapped=4096), 2)], ids=str
+)
+def test_any_device_takes_the_set_up_of_the_rust_client_which_is_cloud_hypervisors(
+    device: Callable[[], ServerBackend], irq: int
+) -> None:
+    """As recorded; of its own it asks again, under the same id, for region information that needs more room.
+
+    The interrupt index is the first that the device has, as the client finds out by IRQ_INFO.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, Server(device(), sock=theirs) as server, events(1) as (event,), guest_memory(1 << 20) as memory:
+        ours.settimeout(TIMEOUT)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        for vector in recorded("rustclient/gpio/"):
+            request, command = bytearray(vector.request), m.Header.parse(vector.request).command
+            if command == Command.DEVICE_SET_IRQS:
+                request[HEADER_SIZE + 8] = irq
+            fds = [event.fd if command == Command.DEVICE_SET_IRQS else memory] * vector.fds_out
+            reply = ask(ours, bytes(request), fds)
+            assert m.Header.parse(reply).flags == OK, vector.name
+            if command == Command.DEVICE_GET_REGION_INFO:
+                room = m.RegionInfo.parse(reply[HEADER_SIZE:]).argsz
+                request[HEADER_SIZE : HEADER_SIZE + 4] = room.to_bytes(4, "little")
+                whole = ask(ours, bytes(request), ())
+                assert len(whole) == HEADER_SIZE + room, vector.name
+        ours.shutdown(socket.SHUT_RDWR)
+        thread.join(TIMEOUT)
+    assert not thread.is_alive()
 
 
 def test_every_quirk_belongs_to_a_vector_and_has_a_reason() -> None:

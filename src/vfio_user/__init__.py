@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vfio_user.client import Client
-    from vfio_user.device import Bar, Device, option, state
+    from vfio_user.device import Bar, Device, option, register, state
     from vfio_user.server import Irq, Region, RegionIoFd, Server, ServerBackend, serve
     from vfio_user.wire.constants import Command, DeviceFeature, DeviceState, MigrationFlags
 
 _SOURCES = {
     "vfio_user.client": ("Client",),
-    "vfio_user.device": ("Bar", "Device", "option", "state"),
+    "vfio_user.device": ("Bar", "Device", "option", "register", "state"),
     "vfio_user.server": ("Irq", "Region", "RegionIoFd", "Server", "ServerBackend", "serve"),
     "vfio_user.wire.constants": ("Command", "DeviceFeature", "DeviceState", "MigrationFlags"),
 }
@@ -37,6 +37,7 @@ __all__ = [
     "Server",
     "ServerBackend",
     "option",
+    "register",
     "serve",
     "state",
 ]

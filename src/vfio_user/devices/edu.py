@@ -39,6 +39,7 @@ _REGISTERS = {
     DMA_COMMAND: "dma_command",
 }
 """Which attribute a register reads as."""
+_NAMES = _REGISTERS | {IRQ_RAISE: "irq_raise", IRQ_ACK: "irq_acknowledge"}
 
 _U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
 
@@ -85,6 +86,11 @@ class Edu(Device):
         self._unsent = True
 
     # Registers
+
+    def register_names(self, region: int, offset: int, length: int) -> Sequence[str]:
+        if region == 0:
+            return [name for name in [_NAMES.get(offset)] if name and self._valid(offset, length)]
+        return super().register_names(region, offset, length)
 
     @staticmethod
     def _valid(offset: int, size: int) -> bool:

@@ -5,12 +5,9 @@ Not migratable: it shows how a device without migration refuses it.
 
 from __future__ import annotations
 
-from vfio_user.device import Bar, Device, state
+from vfio_user.device import Bar, Device, register, state
 from vfio_user.server.backend import Irq
 from vfio_user.wire.constants import PCI_NUM_IRQS, MigrationFlags, PciIrq
-
-INPUTS = 0
-"""Offset of the input pins in BAR2."""
 
 
 class Gpio(Device):
@@ -20,6 +17,7 @@ class Gpio(Device):
     bars = {2: Bar(0x100, io=True)}
     intx = True
     migration = MigrationFlags(0)
+    inputs = register(0, bar=2, width=1)
     reads = state(0)
 
     def __init__(self) -> None:
@@ -33,12 +31,10 @@ class Gpio(Device):
         self.config.set("command", 1)
         self.config.set("interrupt_line", 1)
 
-    def bar_read(self, bar: int, offset: int, data: memoryview) -> None:
-        if offset != INPUTS:
-            data[:] = bytes(len(data))
-            return
+    @inputs.on_read
+    def _sample(self) -> int:
         self.reads += 1
         third = self.reads % 3 == 0
-        data[:] = int(third).to_bytes(len(data), "little")
         if third:
             self.irq.fire(PciIrq.INTX)
+        return int(third)
