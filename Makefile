@@ -28,7 +28,7 @@ demo: $(VENV)/installed
 	$(BIN)/vfio-user demo
 
 test: $(VENV)/developing
-	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 check: format lint types layers qemu tests coverage
 
@@ -47,10 +47,10 @@ layers: $(VENV)/developing
 
 # Where QEMU cannot be had this says why and goes on: the tests that need it are skipped, or in CI fail.
 qemu:
-	-$(PYTHON) scripts/fetch_qemu.py
+	-$(PYTHON) scripts/fetch_qemu.py --guest --lspci
 
 tests: $(VENV)/developing
-	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --cov --cov-report=
 
 coverage: $(VENV)/developing
 	$(BIN)/coverage report --skip-covered --fail-under=95 \

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """Fetch a QEMU with the vfio-user-pci device into ``.qemu/``: no root, nothing of the system is touched.
 
+With ``--guest`` a Linux kernel and busybox for it, too; with ``--lspci`` the lspci that reads what a guest saw.
+
 QEMU 11.1 and everything it needs, down to the C library, comes as Debian packages from the mirror that this
 machine's own apt already uses. The packages are only unpacked, never installed. ``.qemu/qemu-system-x86_64``
 is a wrapper that runs the result with the unpacked loader, so it does not matter how old the C library of
-this machine is. The wrapper is written last: where it is, the fetch is whole. Remove ``.qemu`` to fetch anew.
+this machine is. The wrapper is written last: where it is, the fetch is whole. What is there stays, what is missing
+is fetched; remove ``.qemu`` to fetch all anew.
 
 Where the PATH already has a qemu-system-x86_64 that knows the device (10.1 and later), that one is used.
 
@@ -22,7 +25,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,13 +71,14 @@ PRIVATE_DIRECTORIES = ("cache/archives/partial", "state/lists/partial", "log")
 
 WRAPPER = """\
 #!/bin/sh
-# The unpacked QEMU with its own loader and libraries, all found from where this file is: the tree may move.
-root=$(dirname -- "$(readlink -f -- "$0")")/root
+# The unpacked program with its own loader and libraries, all found from where this file is: the tree may move.
+root=$(dirname -- "$(readlink -f -- "$0")")/{root}
 libraries=$root/{libraries}
 export QEMU_MODULE_DIR="$libraries/qemu"
-exec "$root/{loader}" --library-path "$libraries" --argv0 {binary} "$root/usr/bin/{binary}" \\
-    -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" "$@"
+exec "$root/{loader}" --library-path "$libraries" --argv0 {binary} "$root/usr/bin/{binary}" {options} "$@"
 """
+QEMU_OPTIONS = '-L "$root/usr/share/qemu" -L "$root/usr/share/seabios"'
+LSPCI_OPTIONS = '-i "$root/usr/share/misc/pci.ids"'
 
 
 class FetchError(Exception):
@@ -86,12 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Fetch a QEMU with the vfio-user-pci device into .qemu/.")
     parser.add_argument("--print", action="store_true", help="fetch nothing: print the path of the QEMU that is there")
     parser.add_argument("--guest", action="store_true", help="also fetch a Linux kernel and busybox into .qemu/guest/")
+    parser.add_argument("--lspci", action="store_true", help="also fetch .qemu/lspci")
     parser.add_argument("--mirror", metavar="URI", help="Debian mirror (default: those of this machine's apt)")
     options = parser.parse_args(arguments)
+    wanted = {BINARY: True, "guest": options.guest, "lspci": options.lspci}
     try:
-        qemu = present() if options.print else ensure_qemu(options.mirror)
-        if options.guest and not options.print:
-            ensure_guest(options.mirror)
+        if not options.print:
+            ensure([name for name, wish in wanted.items() if wish], options.mirror)
+        qemu = present()
     except (FetchError, OSError) as error:
         print(f"fetch_qemu: {error}", file=sys.stderr)
         return 1
@@ -119,25 +125,21 @@ def has_device(qemu: Path) -> bool:
     return f'"{DEVICE}"' in listing
 
 
-def ensure_qemu(mirror: str | None) -> Path:
-    """The QEMU that is there, or else the one fetched now."""
-    found = present()
-    if found:
-        return found
-    with only_one(), private_apt(mirror) as apt:
-        if not (HOME / BINARY).exists():  # else another process fetched it while this one waited
-            fetch_qemu(apt)
-    return HOME / BINARY
-
-
-def ensure_guest(mirror: str | None) -> None:
-    """A kernel and a static busybox under ``.qemu/guest/``."""
-    guest = HOME / "guest"
-    if guest.exists():
+def ensure(wanted: Sequence[str], mirror: str | None) -> None:
+    """Fetch what is wanted, of the names in FETCHERS, and not there."""
+    if not missing(wanted):
         return
-    with only_one(), private_apt(mirror) as apt:
-        if not guest.exists():
-            fetch_guest(apt, guest)
+    with only_one():
+        names = missing(wanted)  # another process may have fetched some while this one waited
+        if names:
+            with private_apt(mirror) as apt:
+                for name in names:
+                    FETCHERS[name](apt)
+
+
+def missing(wanted: Sequence[str]) -> list[str]:
+    """What of it is not there."""
+    return [name for name in wanted if not (present() if name == BINARY else (HOME / name).exists())]
 
 
 def fetch_qemu(apt: Apt) -> None:
@@ -147,15 +149,10 @@ def fetch_qemu(apt: Apt) -> None:
     apt.get("install", "--yes", "--download-only", "--target-release", BACKPORTS, "qemu-system-x86")
     root = HOME / "root"
     unpack(apt.packages(), root)
-    wrapper = HOME / f"{BINARY}.new"
-    wrapper.write_text(wrapper_script(root), encoding="utf-8")
-    wrapper.chmod(0o755)
-    if not has_device(wrapper):
-        raise FetchError(f"the QEMU unpacked in {root} does not start, or does not have {DEVICE}")
-    wrapper.replace(HOME / BINARY)
+    wrap(BINARY, root, QEMU_OPTIONS, has_device, f"does not start, or does not have {DEVICE}")
 
 
-def fetch_guest(apt: Apt, guest: Path) -> None:
+def fetch_guest(apt: Apt) -> None:
     """Unpack the kernel that Debian's cloud images run, and busybox: the guest needs nothing else."""
     say("fetching a guest's kernel and busybox")
     architecture = run("dpkg", "--print-architecture").strip()
@@ -164,18 +161,52 @@ def fetch_guest(apt: Apt, guest: Path) -> None:
     if kernel is None:
         raise FetchError(f"linux-image-cloud-{architecture} depends on no kernel")
     apt.get("download", kernel[1], "busybox-static")
-    partial = guest.with_suffix(".new")
+    partial = HOME / "guest.new"
     unpack(apt.packages(), partial)
-    partial.replace(guest)
+    partial.replace(HOME / "guest")
 
 
-def wrapper_script(root: Path) -> str:
+def fetch_lspci(apt: Apt) -> None:
+    """Unpack lspci with its closure and, once it is seen to work, put the wrapper in place."""
+    say("fetching lspci")
+    apt.get("install", "--yes", "--download-only", "pciutils")
+    root = HOME / "pciutils"
+    unpack(apt.packages(), root)
+    wrap("lspci", root, LSPCI_OPTIONS, reads_dumps, "does not start")
+
+
+FETCHERS = {BINARY: fetch_qemu, "guest": fetch_guest, "lspci": fetch_lspci}
+"""By what they leave in ``.qemu`` when they are done."""
+
+
+def wrap(binary: str, root: Path, options: str, works: Callable[[Path], bool], failure: str) -> None:
+    """Write the wrapper of what was unpacked in ``root``, and put it in place once it is seen to work."""
+    wrapper = HOME / f"{binary}.new"
+    wrapper.write_text(wrapper_script(binary, root, options), encoding="utf-8")
+    wrapper.chmod(0o755)
+    if not works(wrapper):
+        raise FetchError(f"the {binary} unpacked in {root} {failure}")
+    wrapper.replace(HOME / binary)
+
+
+def reads_dumps(lspci: Path) -> bool:
+    """Whether this lspci starts, and finds nothing wrong with a dump of no devices."""
+    try:
+        run(lspci, "-F", os.devnull, timeout=30)
+    except FetchError:
+        return False
+    return True
+
+
+def wrapper_script(binary: str, root: Path, options: str) -> str:
     """The text of the wrapper for what was unpacked in ``root``."""
     loader = next(root.glob("usr/lib/*-linux-*/ld-linux*.so.*"), None)
     if loader is None:
         raise FetchError(f"no dynamic loader in {root}")
     libraries = loader.parent.relative_to(root)
-    return WRAPPER.format(libraries=libraries, loader=loader.relative_to(root), binary=BINARY)
+    return WRAPPER.format(
+        root=root.name, libraries=libraries, loader=loader.relative_to(root), binary=binary, options=options
+    )
 
 
 def unpack(packages: Sequence[Path], root: Path) -> None:
@@ -186,6 +217,7 @@ def unpack(packages: Sequence[Path], root: Path) -> None:
     shutil.rmtree(root, ignore_errors=True)
     for package in packages:
         run("dpkg", "-x", package, root)
+        package.unlink()
     for path in root.rglob("*"):
         mode = path.lstat().st_mode
         if stat.S_ISREG(mode) and mode & (stat.S_ISUID | stat.S_ISGID):

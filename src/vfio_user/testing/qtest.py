@@ -18,26 +18,24 @@ Specification 3.0, sections 3.2.2.3.2 (configuration mechanism #1) and 6.2.5.1 (
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
-import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
-from vfio_user.errors import VfioUserError
+from vfio_user.testing.qemu import (
+    Deadline,
+    PluggedDevice,
+    QemuError,
+    QemuMachine,
+    QemuTimeoutError,
+    QmpError,
+    device_properties,
+    find_qemu,
+)
 
-BINARY = "qemu-system-x86_64"
-DEVICE = "vfio-user-pci"
+__all__ = ["BarLayout", "QemuError", "QemuTimeoutError", "QmpError", "QtestMachine", "devfn", "find_qemu"]
 
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
 CONFIG_ENABLE = 1 << 31
@@ -53,22 +51,6 @@ MEMORY_LETTERS = {**PORT_LETTERS, 8: "q"}
 CHUNK = 64 * 1024  # bytes of one bulk access: QEMU scans a line again whenever more of it comes
 
 
-class QemuError(VfioUserError):
-    """QEMU died, could not be started, or refused what the test asked; its stderr is in the message."""
-
-
-class QemuTimeoutError(QemuError, TimeoutError):
-    """What was waited for did not happen in time."""
-
-
-class QmpError(QemuError):
-    """QEMU answered a QMP command with an error; ``kind`` is its error class, such as ``CommandNotFound``."""
-
-    def __init__(self, command: str, kind: str, description: str) -> None:
-        super().__init__(f"QMP {command}: {kind}: {description}")
-        self.kind = kind
-
-
 @dataclass(frozen=True, slots=True)
 class BarLayout:
     """What sizing a BAR tells: ``size`` in bytes (0: not implemented) and its type bits."""
@@ -79,43 +61,7 @@ class BarLayout:
     prefetchable: bool = False
 
 
-def find_qemu() -> Path | None:
-    """A QEMU that has the vfio-user-pci device, or None.
-
-    Looked for in the environment variable ``VFIO_USER_QEMU``, as ``.qemu/qemu-system-x86_64`` (what
-    ``scripts/fetch_qemu.py`` makes) in the current directory or one above it, and on PATH. Raises
-    :class:`QemuError` when the variable names something that cannot be executed: a wish that is not met must
-    not pass for no wish.
-    """
-    wished = os.environ.get("VFIO_USER_QEMU")
-    if wished:
-        return _executable(wished)
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        fetched = folder / ".qemu" / BINARY
-        if os.access(fetched, os.X_OK):
-            return fetched
-    system = shutil.which(BINARY)
-    return Path(system) if system and _has_device(system) else None
-
-
-def _executable(name: str) -> Path:
-    path = shutil.which(name)
-    if path is None:
-        raise QemuError(f"VFIO_USER_QEMU={name} is not an executable")
-    return Path(path)
-
-
-def _has_device(qemu: str) -> bool:
-    command = [qemu, "-machine", "none", "-device", "help"]
-    try:
-        listing = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return f'"{DEVICE}"' in listing
-
-
-class QtestMachine:
+class QtestMachine(QemuMachine):
     """A q35 machine under ``-accel qtest`` with vfio-user devices plugged in; a context manager.
 
     ``devices`` names the servers: each a socket path, or a mapping of properties of vfio-user-pci with the
@@ -132,7 +78,7 @@ class QtestMachine:
     def __init__(
         self,
         qemu: str | Path,
-        devices: Sequence[str | Path | Mapping[str, Any]] = (),
+        devices: Sequence[PluggedDevice] = (),
         *,
         memory: int = 64 << 20,
         anonymous_ram: bool = False,
@@ -140,69 +86,13 @@ class QtestMachine:
         timeout: float = 10.0,
     ) -> None:
         self.memory = memory
-        self.timeout = timeout
         self.devfns = tuple(devfn(slot) for slot in range(1, len(devices) + 1))
         self.irq_levels: dict[int, bool] = {}
         self.irq_record: list[tuple[int, bool]] = []
-        self.events: deque[dict[str, Any]] = deque()
-        self._last_words: str | None = None
-        command = [str(qemu), *_machine_args(memory, anonymous_ram)]
+        arguments = _machine_args(memory, anonymous_ram)
         for slot, device in enumerate(devices, start=1):
-            command += ["-device", _device_option(device, slot)]
-        with contextlib.ExitStack() as undo:
-            self._stderr = undo.enter_context(tempfile.TemporaryFile())
-            self._qtest, qtest_end = _socket_pair(undo, "qtest")
-            self._qmp, qmp_end = _socket_pair(undo, "QMP")
-            self._process = _spawn([*command, *extra_args], qtest_end, qmp_end, self._stderr.fileno())
-            self._undo = undo.pop_all()
-        qtest_end.close()
-        qmp_end.close()
-        try:
-            self._shake_hands()
-        except BaseException:
-            self._dispose()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self._dispose()  # what went wrong first is what the reader must see
-
-    @property
-    def pid(self) -> int:
-        """The process id of QEMU."""
-        return self._process.pid
-
-    @property
-    def stderr(self) -> str:
-        """What QEMU wrote to its stderr so far; all of it, once the machine is closed."""
-        if self._last_words is not None:
-            return self._last_words
-        size = os.fstat(self._stderr.fileno()).st_size
-        # pread: QEMU writes through the same file offset, which must not be moved.
-        return os.pread(self._stderr.fileno(), size, 0).decode(errors="replace").strip()
-
-    def close(self) -> None:
-        """Have QEMU quit, and wait for that; closing twice is fine.
-
-        Raises :class:`QemuError` when it dies instead, :class:`QemuTimeoutError` when it has to be killed.
-        """
-        if self._last_words is not None:
-            return
-        self.qmp("quit")
-        try:
-            status = self._process.wait(self.timeout)
-        except subprocess.TimeoutExpired:
-            raise self._fatal(f"QMP quit: not within {self.timeout} s", QemuTimeoutError) from None
-        if status:
-            raise self._fatal("QMP quit")
-        self._dispose()
+            arguments += ["-device", json.dumps(device_properties(device, addr=f"{slot:02x}.0"))]
+        super().__init__(qemu, [*arguments, *extra_args], channels={"qtest": "-qtest"}, timeout=timeout)
 
     # Ports and memory.
 
@@ -287,10 +177,10 @@ class QtestMachine:
 
         Raises :class:`QemuTimeoutError` when nothing comes; the machine goes on.
         """
-        deadline = _Deadline(self.timeout if timeout is None else timeout)
+        deadline = Deadline(self.timeout if timeout is None else timeout)
         while self.irq_levels.get(line, False) != level:
             what = f"IRQ {line} {'raised' if level else 'lowered'}"
-            answer = self._receive(self._qtest, what, deadline, fatal=False)
+            answer = self._receive("qtest", what, deadline, fatal=False)
             if not self._take_irq(answer):
                 raise self._fatal(f"{what}: QEMU said {answer!r}")
 
@@ -303,36 +193,10 @@ class QtestMachine:
 
         Raises :class:`QemuTimeoutError` when it does not; the machine goes on.
         """
-        deadline = _Deadline(self.timeout if timeout is None else timeout)
+        deadline = Deadline(self.timeout if timeout is None else timeout)
         while not condition():
             if deadline.passed:
                 raise self._error(f"{what}: not within {deadline.seconds} s", QemuTimeoutError)
-
-    # QMP.
-
-    def qmp(self, command: str, /, **arguments: Any) -> Any:
-        """Execute a QMP command; returns what it returns. Raises :class:`QmpError` when QEMU refuses."""
-        what, deadline = f"QMP {command}", _Deadline(self.timeout)
-        self._send(self._qmp, json.dumps({"execute": command, "arguments": arguments}), what, deadline)
-        while True:
-            answer = self._receive_qmp(what, deadline, fatal=True)
-            if "error" in answer:
-                raise QmpError(command, answer["error"]["class"], answer["error"]["desc"])
-            if "return" in answer:
-                return answer["return"]
-
-    def wait_event(self, name: str, timeout: float | None = None) -> dict[str, Any]:
-        """The oldest QMP event of this name that was not taken yet; waits for one if there is none.
-
-        Raises :class:`QemuTimeoutError` when none comes; the machine goes on.
-        """
-        deadline = _Deadline(self.timeout if timeout is None else timeout)
-        while True:
-            event = next((event for event in self.events if event["event"] == name), None)
-            if event is not None:
-                self.events.remove(event)
-                return event
-            self._receive_qmp(f"QMP event {name}", deadline, fatal=False)
 
     def reset(self) -> None:
         """Reset the whole machine and wait until that is done; every device is unmapped and disabled then."""
@@ -397,20 +261,16 @@ class QtestMachine:
         self.config_write(devfn, offset, before)
         return probed
 
-    # The two connections.
-
-    def _shake_hands(self) -> None:
-        self._receive_qmp("QMP greeting", _Deadline(self.timeout), fatal=True)
-        self.qmp("qmp_capabilities")
+    # The qtest connection.
 
     def _command(self, line: str) -> str:
         """Have a qtest command done; returns what stands after OK."""
-        deadline = _Deadline(self.timeout)
+        deadline = Deadline(self.timeout)
         what = f"qtest {line[:40]}"
-        self._send(self._qtest, line, what, deadline)
-        answer = self._receive(self._qtest, what, deadline)
+        self._send("qtest", line, what, deadline)
+        answer = self._receive("qtest", what, deadline)
         while self._take_irq(answer):
-            answer = self._receive(self._qtest, what, deadline)
+            answer = self._receive("qtest", what, deadline)
         verdict, _, result = answer.partition(" ")
         if verdict != "OK":
             raise self._error(f"{what}: QEMU said {answer!r}")
@@ -431,55 +291,6 @@ class QtestMachine:
         self.irq_levels[int(line)] = direction == "raise"
         self.irq_record.append((int(line), direction == "raise"))
         return True
-
-    def _receive_qmp(self, what: str, deadline: _Deadline, *, fatal: bool) -> dict[str, Any]:
-        """The next QMP message; an event is also kept in ``events``."""
-        message: dict[str, Any] = json.loads(self._receive(self._qmp, what, deadline, fatal=fatal))
-        if "event" in message:
-            self.events.append(message)
-        return message
-
-    def _send(self, lines: _Lines, line: str, what: str, deadline: _Deadline) -> None:
-        try:
-            lines.send(line, deadline)
-        except TimeoutError:
-            raise self._fatal(f"{what}: not taken within {deadline.seconds} s", QemuTimeoutError) from None
-        except OSError as error:
-            raise self._fatal(f"{what}: {error}", grace=self.timeout) from error
-
-    def _receive(self, lines: _Lines, what: str, deadline: _Deadline, *, fatal: bool = True) -> str:
-        """The next line; ``fatal``: if it does not come in time, no later answer could be told from it."""
-        try:
-            return lines.receive(deadline)
-        except TimeoutError:
-            late = f"{what}: not within {deadline.seconds} s"
-            raise (self._fatal if fatal else self._error)(late, QemuTimeoutError) from None
-        except OSError as error:
-            raise self._fatal(f"{what}: {error}", grace=self.timeout) from error
-
-    def _error(self, message: str, kind: type[QemuError] = QemuError) -> QemuError:
-        return kind(f"{message}\nQEMU's stderr: {self.stderr or 'empty'}")
-
-    def _fatal(self, message: str, kind: type[QemuError] = QemuError, *, grace: float = 0) -> QemuError:
-        """An error after which the machine is closed, with how QEMU ended."""
-        return self._error(f"{message} (QEMU: {self._dispose(grace)})", kind)
-
-    def _dispose(self, grace: float = 0) -> str:
-        """Let go of everything; kill QEMU if it does not end within ``grace`` seconds. Returns how it ended."""
-        try:
-            end = _how_it_ended(self._process.wait(grace))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(self.timeout)
-            end = "killed"
-        if self._last_words is None:
-            self._last_words = self.stderr
-        self._undo.close()
-        return end
-
-
-def _how_it_ended(status: int) -> str:
-    return f"exit status {status}" if status >= 0 else signal.strsignal(-status) or f"signal {-status}"
 
 
 def devfn(slot: int, function: int = 0) -> int:
@@ -514,78 +325,3 @@ def _machine_args(memory: int, anonymous_ram: bool) -> list[str]:
         *("-nodefaults", "-no-user-config", "-display", "none"),
         *("-machine", f"q35{backend}", "-m", f"{memory}B", *ram),
     ]
-
-
-def _device_option(device: str | Path | Mapping[str, Any], slot: int) -> str:
-    properties = device if isinstance(device, Mapping) else {"socket": device}
-    address = {"type": "unix", "path": str(properties["socket"])}
-    return json.dumps({**properties, "driver": DEVICE, "socket": address, "addr": f"{slot:02x}.0"})
-
-
-def _socket_pair(undo: contextlib.ExitStack, name: str) -> tuple[_Lines, socket.socket]:
-    """Our end and QEMU's end of one connection."""
-    ours, theirs = socket.socketpair()
-    undo.enter_context(ours)
-    undo.enter_context(theirs)
-    return _Lines(ours, name), theirs
-
-
-def _spawn(command: list[str], qtest: socket.socket, qmp: socket.socket, stderr: int) -> subprocess.Popen[bytes]:
-    """Start QEMU with the connections as inherited fds: no paths to clean up, and its death ends them."""
-    ends = {"qtest": qtest.fileno(), "qmp": qmp.fileno()}
-    for name, fd in ends.items():
-        command += ["-chardev", f"socket,id={name},fd={fd}", f"-{name}", f"chardev:{name}"]
-    try:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            pass_fds=tuple(ends.values()),
-        )
-    except OSError as error:
-        raise QemuError(f"{command[0]} does not start: {error}") from error
-
-
-class _Deadline:
-    """A moment ``seconds`` from now."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._moment = time.monotonic() + seconds
-
-    @property
-    def passed(self) -> bool:
-        return time.monotonic() >= self._moment
-
-    def arm(self, sock: socket.socket) -> None:
-        """Give the next operation on a socket what is left of the time."""
-        left = self._moment - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        sock.settimeout(left)
-
-
-class _Lines:
-    """Lines of text over a stream socket, each way."""
-
-    def __init__(self, sock: socket.socket, name: str) -> None:
-        self._socket = sock
-        self._name = name
-        self._pending = bytearray()
-
-    def send(self, line: str, deadline: _Deadline) -> None:
-        deadline.arm(self._socket)
-        self._socket.sendall(line.encode() + b"\n")
-
-    def receive(self, deadline: _Deadline) -> str:
-        """The next line without its end; ConnectionError when no more will come."""
-        while (end := self._pending.find(b"\n")) < 0:
-            deadline.arm(self._socket)
-            more = self._socket.recv(CHUNK)
-            if not more:
-                raise ConnectionError(f"QEMU closed its {self._name} connection")
-            self._pending += more
-        line = self._pending[:end].decode()
-        del self._pending[: end + 1]
-        return line.rstrip("\r")
