@@ -1,33 +1,30 @@
-"""Sums up guest memory by DMA: write an address to 0x0, a length to 0x8, read the CRC-32 at 0x10 after the interrupt.
+r"""Sums up guest memory by DMA, and says by MSI-X when it is done. A Linux has it sum up a page, behind an IOMMU:
 
-vfio-user serve ./examples/checksum.py:Checksum --socket-path /tmp/checksum.sock
+vfio-user serve ./examples/checksum.py:Checksum --run 'vfio-user guest --iommu drive \
+    "map 0x100000 0x1000" "fill 0x100000 0x1000 1" "irq msix 0 1" "write 0 0x0 8 0x100000" "write 0 0x8 4 0x1000" \
+    "wait msix 0" "read 0 0xc 4" interrupts'
 """
 
 from zlib import crc32
 
-from vfio_user import Bar, Device, option, state
-
-ADDRESS, LENGTH, RESULT = 0x0, 0x8, 0x10
+from vfio_user import Bar, Device, option, register
+from vfio_user.pci import PcieEndpoint, PowerManagement
 
 
 class Checksum(Device):
-    vendor_id, device_id, intx = 0x494F, 0x0C5C, True
+    vendor_id, device_id, class_code, msix_vectors = 0x494F, 0x0C5C, 0x120000, 1
+    capabilities = (PowerManagement(), PcieEndpoint())  # D3hot, and a guest can reset it alone
     bars = {0: Bar(0x1000)}
+
     limit = option(1 << 20, "most bytes that are summed up at once")
-    address = state(0)
-    result = state(0)
+    address = register(0x0, width=8, writable=2**64 - 1)
+    length = register(0x8, writable=2**32 - 1)
+    result = register(0xC)
 
-    def bar_read(self, bar: int, offset: int, data: memoryview) -> None:
-        value = self.result if offset == RESULT else self.address if offset == ADDRESS else 0
-        data[:] = value.to_bytes(8, "little")[: len(data)].ljust(len(data), b"\0")
+    @length.on_write
+    def start(self, old: int, new: int) -> None:
+        self.defer(self.sum_up)  # reply first, DMA after: the client may be needed for it
 
-    def bar_write(self, bar: int, offset: int, data: memoryview) -> None:
-        value = int.from_bytes(data[:8], "little")
-        if offset == ADDRESS:
-            self.address = value
-        elif offset == LENGTH:  # reply first, DMA after: the client may be needed for it
-            self.defer(lambda: self.sum_up(min(value, self.limit)))
-
-    def sum_up(self, length: int) -> None:
-        self.result = crc32(self.dma.read(self.address, length))
+    def sum_up(self) -> None:
+        self.result = crc32(self.dma.read(self.address, min(self.length, self.limit)))
         self.irq.trigger()

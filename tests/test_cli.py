@@ -128,7 +128,7 @@ def test_an_inherited_connection_ends_with_its_client() -> None:
         assert process.wait(TIMEOUT) == 0
 
 
-@pytest.mark.parametrize("name", ["counter.py:Counter", "checksum.py:Checksum"])
+@pytest.mark.parametrize("name", ["counter.py:Counter", "checksum.py:Checksum", "sorter.py:Sorter"])
 def test_a_device_from_a_file(name: str, tmp_path: Path) -> None:
     path = tmp_path / "s"
     with serving(EXAMPLES / name, "--socket-path", path) as process:
@@ -294,13 +294,17 @@ def test_an_interrupted_demo_leaves_nothing_running(tmp_path: Path, number: int,
     assert (process.returncode, out, len(complaint.splitlines())) == (status, "", lines)
 
 
+CLASS = "from vfio_user import Device\nclass X(Device):"
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
         ("class X(", "SyntaxError"),
         ("raise RuntimeError('boom')", "RuntimeError: boom"),
         ("import nosuchmodule", "ModuleNotFoundError"),
-        ("from vfio_user import Device\nclass X(Device):\n def __init__(self): raise KeyError('k')", "KeyError: 'k'"),
+        (f"{CLASS} pass", "vendor_id"),
+        (f"{CLASS}\n vendor_id = device_id = 1\n def __init__(self): raise KeyError('k')", "KeyError: 'k'"),
     ],
 )
 def test_a_fault_of_a_device_file_is_one_line(tmp_path: Path, code: str, reason: str) -> None:

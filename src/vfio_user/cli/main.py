@@ -18,6 +18,7 @@ from vfio_user.errors import UsageError, VfioUserError
 
 COMMANDS = {
     "demo": "vfio_user.cli.demo:demo",
+    "guest": "vfio_user.cli.guest:guest",
     "info": "vfio_user.cli.inspect:info",
     "read": "vfio_user.cli.inspect:read",
     "serve": "vfio_user.cli.serve:serve",
