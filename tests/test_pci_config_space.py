@@ -268,7 +268,7 @@ def test_another_devices_config_space_is_refused(changes: dict[str, Any], culpri
         (lambda: build(capabilities=(MsixCapability(1, 1, 0, 1, 16),)), "memory BAR 1"),
         (lambda: build(capabilities=(MsixCapability(1, 0, 0, 0, 1 << 20),)), "PBA: no 8 bytes at 0x100000"),
         (lambda: build(capabilities=(MsixCapability(1, 0, 0, 4, PAGESIZE),)), "PBA.*add .*trapped"),
-        (lambda: build(capabilities=(MsiCapability(), MsiCapability())), "name is taken"),
+        (lambda: build(capabilities=(MsiCapability(), MsiCapability())), "'msi' is there twice"),
         (lambda: build(capabilities=[Capability(9, 100, f"v{n}") for n in range(2)]), "'v1' ends at 0x108"),
         (lambda: build(capabilities=[Vendor(9, 4, "v")]), "'scratch'.*not inside the 4 bytes of 'v'"),
         (lambda: Capability(0x100, 2, "x"), "'x'"),

@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import TypeVar, cast
+
+from vfio_user.errors import StreamError
+from vfio_user.migration import encode_state
 
 T = TypeVar("T")
 Kind = TypeVar("Kind")
@@ -46,6 +50,10 @@ class Option:
     help: str
     parse: Callable[[str], object]
 
+    def new(self) -> object:
+        """The default, as a value of its own for one device."""
+        return copy.deepcopy(self.default)
+
 
 def state(default: T) -> T:
     """Declare a piece of a device's state: an attribute that a reset sets to ``default`` and a migration carries.
@@ -77,6 +85,26 @@ def _parse_bool(text: str) -> bool:
         if text.lower() in words:
             return value
     raise ValueError(f"{text!r} is not true or false")
+
+
+def check_states(declared: Mapping[str, State]) -> None:
+    """Raise ValueError, which names it, for state that no stream can carry."""
+    for name, one in declared.items():
+        try:
+            encode_state({name: saved_value(one.default)})
+        except StreamError as error:
+            raise ValueError(f"{error}: declare a type that state() names") from error
+
+
+def check_options(declared: Mapping[str, Option]) -> None:
+    """Raise ValueError, which names it, for an option that no text can fill."""
+    for name, one in declared.items():
+        if one.parse in _NOT_FROM_TEXT:
+            kind = type(one.default).__name__
+            raise ValueError(f"option {name!r}: text does not become a {kind} by itself: give it parse=")
+
+
+_NOT_FROM_TEXT = (NoneType, bytes, bytearray, list, tuple, dict, set)
 
 
 def declared_in(cls: type, kind: type[Kind]) -> dict[str, Kind]:

@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from vfio_user.device.access import AccessTable, BarMemory
-from vfio_user.device.declarations import Option, State, declared_in
+from vfio_user.device.declarations import Option, State, check_options, check_states, declared_in
 from vfio_user.device.doorbells import Doorbells
 from vfio_user.device.flr import FunctionLevelReset
 from vfio_user.device.layout import NO_ID, config_space, irq_counts, msix_of
-from vfio_user.device.registers import BarRegister, register_files
+from vfio_user.device.registers import BarRegister, check_hooks, register_files
 from vfio_user.device.saving import Migrator
 from vfio_user.dma.memory import GuestMemory
 from vfio_user.errors import DeclarationError
 from vfio_user.fds import OwnedFd, take_signals
 from vfio_user.migration import StreamIdentity
+from vfio_user.migration.states import RUNNING_STATES
 from vfio_user.pci import Bar, Capability, Interrupts, MsixTable
 from vfio_user.server.backend import Irq, Link, Region, RegionIoFd, ServerBackend
 from vfio_user.wire.constants import (
@@ -31,7 +32,7 @@ from vfio_user.wire.constants import (
 
 _ALL = -1
 """As bits: all vectors."""
-_PARTS = frozenset({"irq", "dma", "config", "memory", "registers", "regions", "irqs"})
+_PARTS = frozenset({"irq", "dma", "config", "memory", "msix", "registers", "regions", "irqs"})
 """Attributes that every device has."""
 
 
@@ -92,16 +93,29 @@ class Device(ServerBackend):
 
     def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.declared_state = declared_in(cls, State)
-        cls.declared_options = declared_in(cls, Option)
-        cls.declared_registers = declared_in(cls, BarRegister)
+        declared = declared_in(cls, State), declared_in(cls, Option), declared_in(cls, BarRegister)
+        cls.declared_state, cls.declared_options, cls.declared_registers = declared
         with _declaring(cls):
-            for name in cls.declared_registers.keys() & (_PARTS | vars(Device).keys()):
-                raise ValueError(f"register {name!r}: every device has an attribute of that name: choose another")
+            cls.__check_names()
+            check_states(cls.declared_state)
+            check_options(cls.declared_options)
+            check_hooks(cls, cls.declared_registers.values())
             if not abstract and cls.configure is Device.configure:
                 config = config_space(cls)
                 Interrupts(irq_counts(cls))
                 register_files(cls.declared_registers.values(), config.bars, msix_of(config.capabilities), None)
+
+    @classmethod
+    def __check_names(cls) -> None:
+        taken = {*_PARTS, *dir(Device)}
+        declared = {
+            "register": {*cls.declared_registers},
+            "state": {*cls.declared_state},
+            "option": {*cls.declared_options},
+        }
+        for kind, names in declared.items():
+            for name in names & taken:
+                raise ValueError(f"{kind} {name!r}: every device has an attribute of that name: choose another")
 
     def __init__(self, **options: object) -> None:
         self.__link: Link | None = None
@@ -142,6 +156,7 @@ class Device(ServerBackend):
 
     def bar_read(self, bar: int, offset: int, data: memoryview) -> None:
         """Fill ``data`` from ``offset`` of a BAR. By default it reads 0."""
+        data[:] = bytes(len(data))
 
     def bar_write(self, bar: int, offset: int, data: memoryview) -> None:
         """Take ``data``, valid during the call only, at ``offset`` of a BAR. By default it is ignored."""
@@ -222,7 +237,7 @@ class Device(ServerBackend):
             known = ", ".join(sorted(self.declared_options)) or "none"
             raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}; there are: {known}")
         for name, declared in self.declared_options.items():
-            setattr(self, name, given.get(name, declared.default))
+            setattr(self, name, given[name] if name in given else declared.new())
 
     def __reset_state(self) -> None:
         for name, declared in self.declared_state.items():
@@ -264,13 +279,16 @@ class Device(ServerBackend):
 
     def dma_unmap(self, flags: int, address: int, size: int) -> None:
         self.dma.unmap(address, size)
+        self.__flr.settle()  # the server had us quiesce
 
     def reset(self) -> None:
         self.__migrator.reset()
+        self.__flr.forget()
         self.reset_function()
 
     def reset_function(self) -> None:
         """All but where a migration stands, which a guest that resets its device does not know of."""
+        self.__doorbells.forget()
         self.__reset_state()
         self.config.reset()
         for registers in self.registers.values():
@@ -343,10 +361,18 @@ class Device(ServerBackend):
 
     def migration_set_state(self, state: DeviceState) -> None:
         self.migration_flags()
-        if self.__migrator.running:
-            self.__doorbells.settle()
-            self.__flr.settle()
+        if self.__migrator.running and state not in RUNNING_STATES:
+            self.__come_to_rest()
         self.__migrator.set(state)
+
+    def __come_to_rest(self) -> None:
+        """Do what the guest asked for before the device stops; also what that defers: it would come after the stop."""
+        link, self.__link = self.__link, None
+        try:
+            self.__doorbells.settle()
+        finally:
+            self.__link = link
+        self.__flr.settle()
 
     def migration_read_data(self, data: memoryview) -> int:
         return self.__migrator.read(data)

@@ -32,8 +32,12 @@ class FunctionLevelReset:
 
     def settle(self) -> None:
         """DMA has stopped for another reason: what was asked for happens now."""
-        if not self._requested:
-            return
+        if self._requested:
+            self.forget()
+            self._device.reset_function()
+
+    def forget(self) -> None:
+        """Another reset takes the place of what was asked for."""
         self._requested = False
         if self._waiting is not None:
             quiescing, done = self._waiting
@@ -41,18 +45,21 @@ class FunctionLevelReset:
             quiescing.on_done(lambda: None)
             if self._device.link is not None:
                 self._device.link.unwatch(done.fileno())
-            done.close()
-        self._device.reset_function()
 
     def _begin(self) -> None:
-        if not self._requested:  # settled meanwhile
+        if not self._requested or self._waiting is not None:  # settled meanwhile, and perhaps asked for again
             return
-        quiescing, link = self._device.quiesce(), self._device.link
+        link = self._device.link
+        try:
+            quiescing = self._device.quiesce()
+        except Exception:
+            self.settle()  # a guest resets what does not work
+            raise
         if quiescing is None or link is None:
             self.settle()
             return
         done = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         self._waiting = quiescing, done
         link.watch(done.fileno(), self.settle)
-        number = done.fileno()
-        quiescing.on_done(lambda: os.eventfd_write(number, 1))
+        # A thread that is in done() may signal it after we have settled: it closes with the last reference.
+        quiescing.on_done(lambda: os.eventfd_write(done.fileno(), 1))

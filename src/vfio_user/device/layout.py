@@ -6,12 +6,13 @@ made, whose options may have changed it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, TypeAlias
 
 from vfio_user.pci import Bar, Capability, ConfigSpace, MsiCapability, MsixCapability
 from vfio_user.pci.config_space import MIN_ROM
-from vfio_user.wire.constants import PAGE_SIZE
+from vfio_user.wire.constants import PAGE_SIZE, MigrationFlags
 
 if TYPE_CHECKING:
     from vfio_user.device.device import Device
@@ -37,6 +38,7 @@ def config_space(
 
     Raises ValueError for what cannot be carried out.
     """
+    _check_types(declaration)
     for name in ("vendor_id", "device_id"):
         if getattr(declaration, name) == NO_ID:
             raise ValueError(f"{name} is not set: give it one (or abstract=True to a class that is a base of others)")
@@ -58,6 +60,40 @@ def config_space(
         capabilities=capabilities,
         on_flr=on_flr,
     )
+
+
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("vendor_id", "device_id", "subsystem_vendor_id", "subsystem_id", "revision", "class_code"), int),
+    **dict.fromkeys(("intx", "msi_vectors", "msi_masking", "msix_vectors", "pre_copy_limit", "state_version"), int),
+    "msix_bar": (int, NoneType),
+    "migration": int,
+    "rom": (bytes, bytearray),
+    "bars": Mapping,
+    "capabilities": Sequence,
+}
+"""What the attributes of a device class must be."""
+
+
+def _check_types(declaration: Declaration) -> None:
+    for name, kind in _TYPES.items():
+        value = getattr(declaration, name)
+        if not isinstance(value, kind):
+            first = kind[0] if isinstance(kind, tuple) else kind
+            article = "an" if first is int else "a"
+            raise ValueError(f"{name} is {value!r}: it must be {article} {first.__name__}")
+    bars: Iterable[tuple[object, object]] = declaration.bars.items()
+    for index, bar in bars:
+        if not isinstance(index, int) or not isinstance(bar, Bar):
+            raise ValueError(f"bars: {index!r} is {bar!r}: it must be a Bar(size), by its index, 0 to 5")
+    for capability in declaration.capabilities:
+        if not isinstance(capability, Capability):
+            raise ValueError(f"capabilities: {capability!r} is no instance of Capability")
+        if isinstance(capability, (MsiCapability, MsixCapability)):
+            raise ValueError(f"capabilities: {capability.name!r} comes by {capability.name}_vectors: drop it here")
+    if not 0 <= declaration.state_version < 1 << 32:
+        raise ValueError(f"state_version {declaration.state_version}: 0 to {(1 << 32) - 1} are possible")
+    if declaration.migration and not declaration.migration & MigrationFlags.STOP_COPY:
+        raise ValueError(f"migration is {declaration.migration!r}: add MigrationFlags.STOP_COPY")
 
 
 def msix_of(capabilities: tuple[Capability, ...]) -> MsixCapability | None:

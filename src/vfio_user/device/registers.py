@@ -19,16 +19,20 @@ To the device's code they are attributes, of type int: ``self.status |= 1``. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
+from vfio_user.errors import DeclarationError
 from vfio_user.pci import Bar, MsixCapability, Register, RegisterFile
 
 if TYPE_CHECKING:
     from vfio_user.device.device import Device
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+DOORBELL_WIDTHS = (1, 2, 4, 8)
+"""Bytes that one access has."""
 
 
 @dataclass(eq=False)
@@ -40,11 +44,12 @@ class BarRegister:
     declared: dict[str, int]
     """Arguments of :class:`~vfio_user.pci.Register`; what they are worth is seen when the class is complete."""
     name: str = ""
-    _read: str | None = None
-    _written: str | None = None
+    _owner: str = ""
+    _read: Callable[..., Any] | None = None
+    _written: Callable[..., Any] | None = None
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+        self.name, self._owner = name, owner.__name__
 
     @overload
     def __get__(self, device: None, owner: type) -> Self: ...
@@ -58,20 +63,39 @@ class BarRegister:
 
     def on_read(self, method: Hook) -> Hook:
         """Decorator of the method that gives what a read shows, in place of the stored value."""
-        self._read = method.__name__
+        self._read = self._hook(self._read, method)
         return method
 
     def on_write(self, method: Hook) -> Hook:
         """Decorator of the method that is called with (old, new) after every write that touched the register."""
-        self._written = method.__name__
+        self._written = self._hook(self._written, method)
         return method
+
+    def _hook(self, before: Callable[..., Any] | None, method: Hook) -> Hook:
+        if self.name:
+            raise DeclarationError(
+                f"register {self.name!r} is complete in {self._owner}: override its hook, or declare it anew"
+            )
+        if before is not None:
+            raise DeclarationError(f"a register has one such hook, and {before.__name__!r} is it: do both in there")
+        return method
+
+    @property
+    def hooks(self) -> Iterator[Callable[..., Any]]:
+        """The methods as they were decorated."""
+        return (hook for hook in (self._read, self._written) if hook is not None)
 
     def of(self, device: Device | None) -> Register:
         """The register itself, with the hooks of ``device``, looked up by name: a subclass may override them.
 
         Raises ValueError where the declaration cannot be meant.
         """
-        on_read, on_write = (getattr(device, name) if device and name else None for name in (self._read, self._written))
+        for what, value in self.declared.items():
+            if not isinstance(value, int):
+                raise ValueError(f"register {self.name!r}: {what} is {value!r}: it must be an int")
+        on_read, on_write = (
+            getattr(device, hook.__name__) if device and hook else None for hook in (self._read, self._written)
+        )
         return Register(name=self.name, on_read=on_read, on_write=on_write, **self.declared)
 
 
@@ -96,6 +120,18 @@ def register(
     return BarRegister(bar, doorbell, declared)
 
 
+def check_hooks(cls: type, declared: Iterable[BarRegister]) -> None:
+    """Raise ValueError for hooks that no device of this class would have: they are looked up by name."""
+    methods: dict[str, Callable[..., Any]] = {}
+    for one in declared:
+        for hook in one.hooks:
+            name = hook.__name__
+            if not callable(getattr(cls, name, None)):
+                raise ValueError(f"register {one.name!r}: its hook {name!r} is no such method: name it otherwise")
+            if vars(cls).get(one.name) is one and methods.setdefault(name, hook) is not hook:
+                raise ValueError(f"register {one.name!r}: its hook {name!r} is one of two: give each a name of its own")
+
+
 def register_files(
     declared: Iterable[BarRegister], bars: Mapping[int, Bar], msix: MsixCapability | None, device: Device | None
 ) -> dict[int, RegisterFile]:
@@ -106,7 +142,13 @@ def register_files(
     for index, registers in by_bar.items():
         for one in registers:
             _check_place(one.of(None), index, bars, msix)
+            _check_doorbell(one)
     return {i: RegisterFile(bars[i].size, [one.of(device) for one in registers]) for i, registers in by_bar.items()}
+
+
+def _check_doorbell(one: BarRegister) -> None:
+    if one.doorbell and one.declared["width"] not in DOORBELL_WIDTHS:
+        raise ValueError(f"register {one.name!r}: a doorbell has 1, 2, 4 or 8 bytes: change its width")
 
 
 def _check_place(register: Register, index: int, bars: Mapping[int, Bar], msix: MsixCapability | None) -> None:

@@ -108,8 +108,12 @@ def first_capability(capabilities: Sequence[Capability]) -> int:
 def capability_registers(capabilities: Sequence[Capability]) -> Iterator[Register]:
     """The registers of all capabilities by offset in config space: in each list one behind the other, and chained.
 
-    Raises ValueError if a list does not fit.
+    Raises ValueError if a list does not fit, or two capabilities have one name.
     """
+    names = [capability.name for capability in capabilities]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"capability {name!r} is there twice: drop one, or tell them apart by name=")
     for area in (Capability.area, ExtendedCapability.area):
         yield from _chain([capability for capability in capabilities if capability.area == area], area)
 

@@ -258,7 +258,12 @@ class ConfigSpace:
         return name in self._registers and bool(self.get(name) & bit)
 
 
-_DRIVEN: dict[str, int] = {"status": PciStatus.INTERRUPT, "pcie.device_status": TRANSACTIONS_PENDING}
+_DRIVEN: dict[str, int] = {
+    "status": PciStatus.INTERRUPT,
+    "pcie.device_status": TRANSACTIONS_PENDING,
+    "aer.control": 0x1F,  # which error came first
+    **{f"aer.header_log_{n}": 0xFFFF_FFFF for n in range(4)},
+}
 """Bits that are the device's own to change, though no guest can."""
 
 

@@ -43,8 +43,8 @@ class PcieEndpoint(Capability):
             Register(0x0C, 4, "link_capabilities", reset=_LINK),
             Register(0x10, 2, "link_control", writable=0xCB),  # ASPM, read completion boundary, clock, sync
             Register(0x12, 2, "link_status", reset=_LINK),
-            Register(0x24, 4, "device_capabilities_2"),
-            Register(0x28, 2, "device_control_2", writable=0x1F),  # completion timeout
+            Register(0x24, 4, "device_capabilities_2", reset=1 << 4),  # completion timeout disable
+            Register(0x28, 2, "device_control_2", writable=1 << 4),
             Register(0x2A, 2, "device_status_2"),
             Register(0x2C, 4, "link_capabilities_2", reset=1 << 1),  # speeds: 2.5 GT/s
             Register(0x30, 2, "link_control_2", reset=1, writable=0xF),  # target speed
