@@ -216,3 +216,12 @@ def test_the_file_in_the_manual_is_one(tmp_path: Path) -> None:
     path.write_text(manual.partition("```toml\n")[2].partition("```")[0])
     with Service(read_configuration(path)) as service:
         assert service.socket_paths == [tmp_path / "edu.sock", tmp_path / "memory.sock"]
+
+
+def test_a_module_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bell_of_mine.py").write_text(
+        "from vfio_user import Device\nclass Bell(Device):\n    vendor_id, device_id = 1, 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one])
+    assert load_device("bell_of_mine:Bell").device_id == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ FETCH = "scripts/fetch_qemu.py --guest fetches it"
     "sockets",
     metavar="PATH",
     multiple=True,
-    envvar=SOCKETS_VARIABLE,
     help=f"A device to plug in; by default those in ${SOCKETS_VARIABLE}, which serve --run sets.",
 )
 @click.option("--iommu", is_flag=True, help="Behind an emulated IOMMU: vfio-pci can drive the devices then.")
@@ -34,6 +34,7 @@ def guest(sockets: tuple[str, ...], iommu: bool, command: tuple[str, ...]) -> No
     A single word is a line for the shell; each line has a shell of its own. In the guest, "bar0 w32:0x4=5 r32:0x0"
     accesses the first device's BAR 0, "config" its config space; behind an IOMMU "drive" takes interrupts and does DMA.
     """
+    sockets = sockets or tuple(os.environ.get(SOCKETS_VARIABLE, "").splitlines())
     if not sockets:
         raise UsageError("no device: give --socket, or run this by serve --run")
     qemu, linux = find_qemu(), find_guest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def load_device(name: str) -> type[Device]:
     if not found:
         return _load_entry_point(name)
     with _faults_of(source):
-        module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
     return _checked(getattr(module, class_name, None), f"{source} has no device class {class_name}")
 
 
@@ -64,6 +65,14 @@ def _checked(found: object, otherwise: str) -> type[Device]:
     if not isinstance(found, type) or not issubclass(found, Device):
         raise UsageError(otherwise)
     return found
+
+
+def _import(name: str) -> ModuleType:
+    """A module by its name; the working directory counts, as it does for ``python -m``."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    return importlib.import_module(name)
 
 
 def _load_file(path: Path) -> ModuleType:
