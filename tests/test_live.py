@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from mmap import mmap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,8 @@ from vfio_user.devices.edu import Edu
 from vfio_user.devices.gpio import Gpio
 from vfio_user.errors import ConnectionClosedError, MigrationError
 from vfio_user.fds import OwnedFd
-from vfio_user.live import MemoryCopy, MemoryRegion, Migration, Round, Step
+from vfio_user.live import DirtyMemory, LocalDestination, MemoryRegion, Migration, Round, Status, Step
+from vfio_user.live.destination import nothing
 
 PAGE = 4096
 MEMORY = 16 * PAGE
@@ -77,9 +79,10 @@ def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
         yield both[0], both[1]
 
 
-def migration(source: Side, destination: Side, **options: Callable[[], None]) -> Migration:
-    regions = [MemoryRegion(0, source.memory, destination.memory)]
-    return Migration(source.client, destination.client, memory=regions, **options)  # type: ignore[arg-type]
+def migration(source: Side, destination: Side, *, resumed: Callable[[], None] = nothing, **options: Any) -> Migration:
+    """``resumed``: called when the guest goes on at the destination."""
+    to = LocalDestination([destination.client], [MemoryRegion(0, destination.memory)], resume=resumed)
+    return Migration([source.client], to, memory=[MemoryRegion(0, source.memory)], **options)
 
 
 def test_device_and_memory_arrive_with_what_changed_on_the_way(sides: tuple[Side, Side]) -> None:
@@ -97,7 +100,7 @@ def test_device_and_memory_arrive_with_what_changed_on_the_way(sides: tuple[Side
     assert rounds[-1].stopped
     assert rounds == job.report.rounds
     assert [done.number for done in rounds] == list(range(1, len(rounds) + 1))
-    assert (job.report.status, job.report.dirty_pages) == ("completed", 1)
+    assert (job.report.status, job.report.dirty_pages) == (Status.COMPLETED, 1)
     assert bytes(destination.memory[3 * PAGE : 3 * PAGE + 5]) == b"hello"
     assert destination.memory == source.memory
     assert destination.read(edu.LIVENESS) == ~0x1234 & 0xFFFFFFFF
@@ -109,20 +112,13 @@ def test_device_and_memory_arrive_with_what_changed_on_the_way(sides: tuple[Side
 
 def test_what_the_guest_itself_writes_is_copied_too(sides: tuple[Side, Side]) -> None:
     source, destination = sides
-    regions = [MemoryRegion(0, source.memory, destination.memory)]
     wrote: list[tuple[int, int]] = []
 
     def pause() -> None:
         source.memory[5 * PAGE + 17] = 7
         wrote.append((5 * PAGE + 17, 1))
 
-    job = Migration(
-        source.client,
-        destination.client,
-        memory=regions,
-        pause=pause,
-        guest_dirty=lambda: [wrote.pop()] if wrote else [],
-    )
+    job = migration(source, destination, pause=pause, guest_dirty=lambda: [wrote.pop()] if wrote else [])
     assert [done.pages for done in job.run()] == [16, 1]
     assert destination.memory == source.memory
 
@@ -146,7 +142,7 @@ def expect_source_runs_on(source: Side, destination: Side) -> None:
 
 @pytest.mark.parametrize(
     ("options", "step"),
-    [({"pause": trouble}, Step.PAUSE), ({"resume_destination": trouble}, Step.START)],
+    [({"pause": trouble}, Step.PAUSE), ({"resumed": trouble}, Step.START)],
 )
 def test_a_callback_that_fails_is_rolled_back(
     sides: tuple[Side, Side], options: dict[str, Callable[[], None]], step: Step
@@ -154,10 +150,10 @@ def test_a_callback_that_fails_is_rolled_back(
     source, destination = sides
     source.write(edu.LIVENESS, 5)
     resumed: list[bool] = []
-    job = migration(source, destination, resume_source=lambda: resumed.append(True), **options)
+    job = migration(source, destination, resume=lambda: resumed.append(True), **options)
     with pytest.raises(TroubleError):
         list(job.run())
-    assert (job.report.status, job.report.step, resumed) == ("failed", step, [True])
+    assert (job.report.status, job.report.step, resumed) == (Status.FAILED, step, [True])
     expect_source_runs_on(source, destination)
 
 
@@ -168,7 +164,7 @@ def test_giving_up_between_rounds_is_rolled_back(sides: tuple[Side, Side]) -> No
     assert isinstance(next(running), Round)
     assert source.client.migration_get_state() == DeviceState.PRE_COPY
     running.close()
-    assert (job.report.status, job.report.step) == ("failed", Step.PRE_COPY)
+    assert (job.report.status, job.report.step) == (Status.FAILED, Step.PRE_COPY)
     expect_source_runs_on(source, destination)
 
 
@@ -193,7 +189,7 @@ def test_a_refusing_device_is_rolled_back_and_named(
     job = migration(source, destination)
     with pytest.raises(MigrationError, match=f"{step} failed"):
         list(job.run())
-    assert (job.report.status, job.report.step) == ("failed", step)
+    assert (job.report.status, job.report.step) == (Status.FAILED, step)
     monkeypatch.undo()
     expect_source_runs_on(source, destination)
 
@@ -220,16 +216,16 @@ def test_devices_that_do_not_fit_are_refused_before_anything_changes(tmp_path: P
 
     with served(Edu(), tmp_path / "a") as here:
         with served(OtherEdu(), tmp_path / "b") as there, pytest.raises(MigrationError, match="identity"):
-            list(Migration(here, there).run())
+            list(Migration([here], LocalDestination([there])).run())
         with served(Gpio(), tmp_path / "c") as there, pytest.raises(MigrationError, match="check failed"):
-            list(Migration(here, there).run())
+            list(Migration([here], LocalDestination([there])).run())
         assert here.migration_get_state() == DeviceState.RUNNING
 
 
 def test_a_destination_that_is_gone_leaves_the_source_running(sides: tuple[Side, Side]) -> None:
     source, destination = sides
     resumed: list[bool] = []
-    job = migration(source, destination, pause=destination.client.close, resume_source=lambda: resumed.append(True))
+    job = migration(source, destination, pause=destination.client.close, resume=lambda: resumed.append(True))
     with pytest.raises(MigrationError):
         list(job.run())
     assert resumed == [True]
@@ -258,7 +254,7 @@ def test_a_guest_that_does_not_go_on_is_in_the_report(sides: tuple[Side, Side]) 
     def refuse() -> None:
         raise OSError(5, "the guest stays where it is")
 
-    job = migration(source, destination, pause=destination.client.close, resume_source=refuse)
+    job = migration(source, destination, pause=destination.client.close, resume=refuse)
     with pytest.raises(MigrationError):
         list(job.run())
     assert job.report.error is not None
@@ -267,27 +263,20 @@ def test_a_guest_that_does_not_go_on_is_in_the_report(sides: tuple[Side, Side]) 
 
 def test_a_source_that_dies_after_the_switch_over_does_not_matter(sides: tuple[Side, Side]) -> None:
     source, destination = sides
-    job = migration(source, destination, resume_destination=source.client.close)
+    job = migration(source, destination, resumed=source.client.close)
     list(job.run())
-    assert job.report.status == "completed"
+    assert job.report.status is Status.COMPLETED
     assert destination.client.migration_get_state() == DeviceState.RUNNING
-
-
-def quick(size: int) -> None:
-    pass
 
 
 @given(
     marks=st.lists(st.tuples(st.integers(0, 20 * PAGE), st.integers(1, 3 * PAGE)), max_size=8),
     page_size=st.sampled_from([PAGE, 2 * PAGE]),
 )
-def test_exactly_the_dirty_pages_are_copied(marks: list[tuple[int, int]], page_size: int) -> None:
+def test_exactly_the_dirty_pages_are_taken(marks: list[tuple[int, int]], page_size: int) -> None:
     base, pages = 2 * PAGE, 10
-    region = MemoryRegion(base, memoryview(bytearray(b"\1" * pages * PAGE)), memoryview(bytearray(pages * PAGE)))
-    memory = MemoryCopy([region], page_size)
-    memory.copy(quick)
-    assert region.destination == region.source
-    region.destination[:] = bytes(pages * PAGE)
+    memory = DirtyMemory([MemoryRegion(base, memoryview(bytearray(b"\1" * pages * PAGE)))], page_size)
+    assert sum(len(piece) for _, piece in memory.take()) == pages * PAGE
     for address, length in marks:
         memory.mark(address, length)
     dirty = {
@@ -296,13 +285,41 @@ def test_exactly_the_dirty_pages_are_copied(marks: list[tuple[int, int]], page_s
         for address, length in marks
         if address < base + (page + 1) * page_size and base + page * page_size < address + length
     }
-    assert memory.dirty_pages == len(dirty) == memory.copy(quick)
-    for page in range(pages * PAGE // page_size):
-        part = region.destination[page * page_size : (page + 1) * page_size]
-        assert bytes(part) == (b"\1" if page in dirty else b"\0") * page_size
-    assert memory.dirty_pages == 0
+    assert memory.pages == len(dirty)
+    taken = [
+        (address + at - base) // page_size for address, piece in memory.take() for at in range(0, len(piece), page_size)
+    ]
+    assert taken == sorted(dirty)
+    assert memory.pages == 0
 
 
-def test_memory_of_two_sizes_is_refused() -> None:
-    with pytest.raises(ValueError, match="there"):
-        MemoryRegion(0, memoryview(bytearray(2)), memoryview(bytearray(1)))
+def test_memory_of_two_sizes_does_not_fit(sides: tuple[Side, Side]) -> None:
+    source, destination = sides
+    to = LocalDestination([destination.client], [MemoryRegion(0, destination.memory[:PAGE])])
+    with pytest.raises(MigrationError, match=r"guest memory differs: 0x10000 bytes at 0x0 and 0x1000 bytes"):
+        list(Migration([source.client], to, memory=[MemoryRegion(0, source.memory)]).run())
+    expect_source_runs_on(source, destination)
+
+
+def test_a_guest_that_dirties_faster_than_the_link_gets_a_verdict(sides: tuple[Side, Side]) -> None:
+    source, destination = sides
+    everything = [(0, MEMORY)]
+    options: dict[str, Any] = {
+        "guest_dirty": lambda: everything,
+        "bandwidth": 16 << 20,
+        "max_rounds": 3,
+        "downtime": 1e-3,
+    }
+    job = migration(source, destination, **options)
+    with pytest.raises(MigrationError, match="does not converge: after 3 rounds 16 pages are dirty again"):
+        list(job.run())
+    assert (job.report.status, job.report.step, len(job.report.rounds)) == (Status.FAILED, Step.PRE_COPY, 3)
+    expect_source_runs_on(source, destination)
+    forced = migration(source, destination, force=True, **options)
+    list(forced.run())
+    assert forced.report.status is Status.COMPLETED
+
+
+def test_a_migration_without_rounds_is_refused(sides: tuple[Side, Side]) -> None:
+    with pytest.raises(ValueError, match="once at least"):
+        migration(*sides, max_rounds=0)

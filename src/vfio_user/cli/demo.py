@@ -53,7 +53,7 @@ def demo(as_json: bool, input_path: Path | None, bandwidth: int) -> None:
         click.echo(json.dumps(outcome.as_dict()))
     else:
         console.print(render(outcome))
-    if outcome.report.status != "completed":
+    if outcome.report.failed_step:
         raise MigrationError(f"{outcome.report.step} failed: {outcome.report.error}")
     if outcome.findings:
         raise MigrationError(f"{len(outcome.findings)} differences after the migration")
@@ -99,6 +99,6 @@ def _verdict(outcome: job.Outcome) -> Panel:
 def _title(outcome: job.Outcome) -> tuple[str, str]:
     if outcome.verified:
         return "verified: memory and device are what they must be", "green"
-    if outcome.report.status == "completed":
+    if not outcome.report.failed_step:
         return "NOT what it must be", "red"
     return f"failed: {outcome.report.step}", "red"

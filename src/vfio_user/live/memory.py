@@ -1,4 +1,4 @@
-"""Guest memory that moves: which pages are still to be copied, and the copying."""
+"""Guest memory that moves: which pages are still to be sent, and the pieces in which they go."""
 
 from __future__ import annotations
 
@@ -9,56 +9,55 @@ from bitarray import bitarray
 from bitarray.util import intervals
 
 PIECE = 1 << 20
-"""Most bytes that are copied at once."""
+"""Most bytes that go at once."""
 
 DirtyRanges = Callable[[], Iterable[tuple[int, int]]]
+"""Gives the (address, length) ranges that the guest's own processors wrote since it was asked before."""
+
+DeviceLog = Callable[[int, int, int], bytes]
+"""``dma_logging_report(iova, length, page_size)`` of a device."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryRegion:
-    """A piece of guest memory, the same guest address on both sides. Sizes and addresses in bytes, page-aligned."""
+    """A piece of guest memory: its address there, and the memory itself. In bytes, page-aligned."""
 
     address: int
-    source: memoryview
-    destination: memoryview
-
-    def __post_init__(self) -> None:
-        if len(self.source) != len(self.destination):
-            raise ValueError(f"{len(self.source)} bytes of memory here, {len(self.destination)} there")
+    memory: memoryview
 
     @property
     def size(self) -> int:
-        return len(self.source)
+        return len(self.memory)
 
 
-class MemoryCopy:
-    """Copies guest memory page by page; what is dirty is copied again.
+class DirtyMemory:
+    """Which pages of guest memory are still to be sent: at first all.
 
-    ``guest_dirty``, if given, returns the (address, length) ranges that the guest's own processors wrote since it was
-    asked before: the device's log does not know of those.
+    The devices' logs know what DMA wrote. ``guest_dirty``, if given, knows what the guest's processors did.
     """
 
     def __init__(self, regions: Sequence[MemoryRegion], page_size: int, guest_dirty: DirtyRanges | None = None) -> None:
         self.regions = regions
         self.page_size = page_size
-        self.guest_dirty = guest_dirty
-        self._dirty = [bitarray(-(-region.size // page_size)) for region in regions]
+        self._guest_dirty = guest_dirty
+        self._dirty = [bitarray(-(-region.size // page_size), endian="little") for region in regions]
         for bits in self._dirty:
             bits.setall(True)
 
     @property
-    def dirty_pages(self) -> int:
-        """Pages that must still be copied."""
+    def pages(self) -> int:
+        """Pages that are still to be sent."""
         return sum(bits.count() for bits in self._dirty)
 
-    def collect(self, report: Callable[[int, int, int], bytes]) -> None:
-        """Take as dirty what ``report(iova, length, page_size)``, a device's log, and the guest say."""
+    def collect(self, logs: Sequence[DeviceLog]) -> None:
+        """Take as dirty what the logs and the guest say."""
         for region, bits in zip(self.regions, self._dirty, strict=True):
-            log = bitarray(endian="little")
-            log.frombytes(report(region.address, region.size, self.page_size))
-            bits |= bitarray(log[: len(bits)], endian=bits.endian)
-        if self.guest_dirty is not None:
-            for address, length in self.guest_dirty():
+            for report in logs:
+                log = bitarray(endian="little")
+                log.frombytes(report(region.address, region.size, self.page_size))
+                bits |= log[: len(bits)]
+        if self._guest_dirty is not None:
+            for address, length in self._guest_dirty():
                 self.mark(address, length)
 
     def mark(self, address: int, length: int) -> None:
@@ -69,21 +68,17 @@ class MemoryCopy:
             if start < end:
                 bits[start // self.page_size : -(-end // self.page_size)] = True
 
-    def copy(self, pace: Callable[[int], None]) -> int:
-        """Copy every dirty page; they are clean from now on. Returns how many there were.
+    def take(self) -> Iterator[tuple[int, memoryview]]:
+        """The dirty memory as (address, piece), none larger than PIECE; a page counts as sent from when it is taken.
 
-        ``pace`` hears, piece by piece, how many bytes were copied so far, and may take its time.
+        What is dirtied meanwhile is found by the next :meth:`collect`: it must come after these pieces were read.
         """
-        pages = 0
         for region, bits in zip(self.regions, self._dirty, strict=True):
-            pending = bitarray(bits)
+            pending = bits.copy()
             bits.setall(False)
             for first, stop in self._pieces(pending):
-                part = slice(first * self.page_size, stop * self.page_size)
-                region.destination[part] = region.source[part]
-                pages += stop - first
-                pace(pages * self.page_size)
-        return pages
+                start, end = first * self.page_size, min(stop * self.page_size, region.size)
+                yield region.address + start, region.memory[start:end]
 
     def _pieces(self, pending: bitarray) -> Iterator[tuple[int, int]]:
         """Runs of dirty pages, (first, stop), none of them longer than PIECE."""
@@ -92,3 +87,12 @@ class MemoryCopy:
             if value:
                 for start in range(first, stop, most):
                     yield start, min(start + most, stop)
+
+
+def place(regions: Sequence[MemoryRegion], address: int, size: int) -> memoryview:
+    """The memory at [address, address + size). Raises ValueError if that is not inside of one region."""
+    for region in regions:
+        start = address - region.address
+        if 0 <= start and start + size <= region.size:
+            return region.memory[start : start + size]
+    raise ValueError(f"{size:#x} bytes at {address:#x} are not inside the guest's memory")

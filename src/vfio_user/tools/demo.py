@@ -25,7 +25,7 @@ from vfio_user.client import Client
 from vfio_user.devices import edu
 from vfio_user.errors import CallTimeoutError, MigrationError, VfioUserError
 from vfio_user.fds import OwnedFd
-from vfio_user.live import MemoryRegion, Migration, Report, Round
+from vfio_user.live import LocalDestination, MemoryRegion, Migration, Report, Round, Status
 from vfio_user.wire.constants import PAGE_SIZE, IrqSetFlags, PciIrq
 
 BLOCK = edu.BUFFER_SIZE
@@ -206,21 +206,11 @@ class Outcome:
 
     @property
     def verified(self) -> bool:
-        return self.report.status == "completed" and not self.findings
+        return self.report.status is Status.COMPLETED and not self.findings
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the keys that every migration reports, and what the guest did."""
-        report = self.report
-        failed = report.status != "completed"
-        return {
-            "status": report.status,
-            "failed_step": str(report.step) if failed else None,
-            "error": report.error,
-            "rounds": len(report.rounds),
-            "dirty_pages": report.dirty_pages,
-            "device_state_bytes": report.device_state_bytes,
-            "downtime_ms": round(report.downtime * 1000, 3),
-            "total_ms": round(report.total * 1000, 3),
+        return self.report.as_json() | {
             "verified": self.verified,
             "findings": self.findings,
             "input_bytes": self.input_size,
@@ -274,15 +264,15 @@ def _migrate(
             findings.append("the interrupt that stood at the switch-over did not reach the destination")
 
     migration = Migration(
-        source.client,
-        destination.client,
-        memory=[MemoryRegion(0, source.memory, destination.memory)],
+        [source.client],
+        LocalDestination([destination.client], [MemoryRegion(0, destination.memory)], resume=resume),
+        memory=[MemoryRegion(0, source.memory)],
         guest_dirty=guest.dirty,
         pause=pause,
-        resume_destination=resume,
-        resume_source=lambda: guest.start(source),
+        resume=lambda: guest.start(source),
         bandwidth=bandwidth,
         downtime=0.002,
+        force=True,
     )
     guest.start(source)
     try:

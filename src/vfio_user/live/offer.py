@@ -1,0 +1,81 @@
+"""What moves, in words: enough to tell whether it fits at the other side, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from vfio_user.client import Client
+from vfio_user.errors import MigrationError
+from vfio_user.wire.constants import DeviceState, MigrationFlags, PciRegion
+
+IDENTITY = 12
+"""Bytes of config space that two devices must share: ids, revision and class; command and status aside."""
+
+MAX_DEVICES, MAX_MEMORY_REGIONS = 64, 1024
+"""Of one guest: what comes from elsewhere is bounded before it is looked at."""
+
+
+class DeviceOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A device, as its client sees it."""
+
+    identity: str
+    """Vendor and device id, class code, revision, in hexadecimal digits."""
+    regions: list[tuple[int, int]]
+    """Size and flags of each."""
+    irqs: list[int]
+    """Vectors of each interrupt index."""
+    migration: int
+    """MigrationFlags."""
+
+    @classmethod
+    def of(cls, client: Client) -> DeviceOffer:
+        """Ask a device. Raises CommandError for one that cannot migrate."""
+        config = client.region_read(PciRegion.CONFIG, 0, IDENTITY)
+        return cls(
+            identity=f"{config[1::-1].hex()}:{config[3:1:-1].hex()} class {config[11:8:-1].hex()} rev {config[8]:02x}",
+            regions=[(region.size, int(region.flags)) for region in client.regions],
+            irqs=[irq.count for irq in client.irqs],
+            migration=int(client.migration_flags()),
+        )
+
+
+class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A guest's devices, and where its memory is: (address, size) in bytes."""
+
+    devices: list[DeviceOffer]
+    memory: list[tuple[int, int]]
+
+    def misfits(self, own: Offer) -> Iterator[str]:
+        """What of this offer differs from ``own``, a sentence each."""
+        if len(self.devices) != len(own.devices):
+            yield f"{len(self.devices)} devices are to move, the destination has {len(own.devices)}"
+        for number, (here, there) in enumerate(zip(self.devices, own.devices, strict=False)):
+            for what in here.__struct_fields__:
+                if getattr(here, what) != getattr(there, what):
+                    yield f"{what} of device {number} differs: {getattr(here, what)} and {getattr(there, what)}"
+        if self.memory != own.memory:
+            yield f"guest memory differs: {_spans(self.memory)} and {_spans(own.memory)}"
+
+    def check(self, own: Offer) -> None:
+        """Raise MigrationError unless it fits ``own``."""
+        if found := list(self.misfits(own)):
+            raise MigrationError("; ".join(found))
+
+
+def _spans(memory: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{size:#x} bytes at {address:#x}" for address, size in memory) or "none"
+
+
+def check_running(clients: Sequence[Client], role: str) -> None:
+    """Raise MigrationError unless every device is in RUNNING."""
+    for number, client in enumerate(clients):
+        state = client.migration_get_state()
+        if state != DeviceState.RUNNING:
+            raise MigrationError(f"device {number} of the {role} is in state {state.name}, not RUNNING")
+
+
+def all_have(clients: Sequence[Client], flag: MigrationFlags) -> bool:
+    """Whether every device has such a state."""
+    return all(client.migration_flags() & flag for client in clients)

@@ -1,0 +1,103 @@
+"""What moves: the devices of one guest, which stop and go on together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from vfio_user.client import Client
+from vfio_user.errors import VfioUserError
+from vfio_user.live.memory import DeviceLog, MemoryRegion
+from vfio_user.live.offer import DeviceOffer, Offer, all_have, check_running
+from vfio_user.wire.constants import PAGE_SIZE, DeviceFeature, DeviceState, MigrationFlags
+
+CHUNK = 1 << 20
+"""Bytes of a migration stream that are read at once."""
+
+
+class Source:
+    """The devices behind ``clients``, and what the migration did to them so far."""
+
+    def __init__(self, clients: Sequence[Client]) -> None:
+        self._clients = clients
+        self._ahead: list[int] = []
+        self._buffer = bytearray(CHUNK)
+        self.logging = False
+
+    def offer(self, memory: Sequence[MemoryRegion]) -> Offer:
+        """What there is to move. Raises MigrationError for a device that does not run."""
+        offer = Offer(list(map(DeviceOffer.of, self._clients)), [(region.address, region.size) for region in memory])
+        check_running(self._clients, "source")
+        return offer
+
+    def start_logging(self, memory: Sequence[MemoryRegion]) -> int:
+        """Have every device log what it writes; the page size of the logs, the largest that one of them wants."""
+        ranges = [(region.address, region.size) for region in memory]
+        self.logging = True  # even if an answer is lost: stopping a log that is off does no harm
+        return max((client.dma_logging_start(PAGE_SIZE, ranges) for client in self._clients), default=PAGE_SIZE)
+
+    def stop_logging(self) -> None:
+        self._each(lambda client: client.dma_logging_stop())
+        self.logging = False
+
+    @property
+    def logs(self) -> list[DeviceLog]:
+        """The reports of the devices that log."""
+        return [client.dma_logging_report for client in self._clients] if self.logging else []
+
+    def start_ahead(self) -> None:
+        """Have the devices that can send data ahead, while they run, begin with that."""
+        for number, client in enumerate(self._clients):
+            if client.migration_flags() & MigrationFlags.PRE_COPY:
+                client.migration_set_state(DeviceState.PRE_COPY)
+                self._ahead.append(number)
+
+    def read_ahead(self) -> Iterator[tuple[int, memoryview]]:
+        """What the running devices have for us now: (number, data), which is valid until the next."""
+        for number in self._ahead:
+            yield from self._read(number)
+
+    def stop(self) -> None:
+        """All stop: first their talk with each other, where every device can keep that apart, then all else."""
+        if all_have(self._clients, MigrationFlags.P2P):
+            for number, client in enumerate(self._clients):
+                ahead = number in self._ahead
+                client.migration_set_state(DeviceState.PRE_COPY_P2P if ahead else DeviceState.RUNNING_P2P)
+        for client in self._clients:
+            client.migration_set_state(DeviceState.STOP_COPY)
+
+    def read_rest(self) -> Iterator[tuple[int, memoryview]]:
+        """What the stopped devices have left."""
+        for number in range(len(self._clients)):
+            yield from self._read(number)
+
+    def bytes_left(self) -> int:
+        """About how much :meth:`read_rest` would give."""
+        return sum(
+            client.migration_data_size() for client in self._clients if client.probe(DeviceFeature.MIG_DATA_SIZE)
+        )
+
+    def run(self) -> None:
+        """All go on as if nothing had been. Raises the first failure, after all were tried."""
+        self._each(lambda client: client.migration_set_state(DeviceState.RUNNING))
+
+    def leave(self) -> None:
+        """All stay behind, stopped."""
+        self._each(lambda client: client.migration_set_state(DeviceState.STOP))
+
+    def _read(self, number: int) -> Iterator[tuple[int, memoryview]]:
+        while True:
+            count = self._clients[number].migration_read_data_into(self._buffer)
+            if count:
+                yield number, memoryview(self._buffer)[:count]
+            if count < CHUNK:
+                return
+
+    def _each(self, work: Callable[[Client], object]) -> None:
+        failure: Exception | None = None
+        for client in self._clients:
+            try:
+                work(client)
+            except (VfioUserError, OSError) as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
