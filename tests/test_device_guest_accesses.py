@@ -87,7 +87,7 @@ class Everything(Device):
 CONFIG_LAYOUT = [
     (0x00, "4f490e0e", "", ""),
     (0x04, "00001000", "47050000", "000000f9"),
-    (0x08, "000000ff00000000", "00000000ffff0000", ""),
+    (0x08, "000000ff00000000", "00000000ff000000", ""),  # PCI Express has no latency timer
     (0x10, "00000000", "00e0ffff", ""),
     (0x18, "0c00000000000000", "00c0ffffffffffff", ""),
     (0x20, "01000000", "e0ffffff", ""),
@@ -373,23 +373,40 @@ class Guests(RuleBasedStateMachine):
         self.model.write(region, offset, data)
 
     @rule(
-        register=st.sampled_from([COMMAND, PM_CONTROL, MSI_CONTROL, MSI_MASK, MSIX_CONTROL]),
+        register=st.sampled_from([COMMAND, MSI_CONTROL, MSI_MASK, MSIX_CONTROL]),
         value=st.sampled_from([0, 1, 2, 3, 0x21, 0x404, 0x4000, 0x8000, 0xC000, 0xFFFF]) | st.integers(0, 0xFFFF),
     )
     def control(self, register: int, value: int) -> None:
         self.write((CONFIG, register), value.to_bytes(2, "little"))
 
+    @rule(power=st.sampled_from([0, 0, 0, 1, 2, 3]))
+    def power(self, power: int) -> None:
+        self.write((CONFIG, PM_CONTROL), bytes([power]))
+
+    @precondition(lambda self: self.model.asleep)
+    @rule()
+    def wake_up(self) -> None:
+        self.power(0)
+
     @rule(high=st.sampled_from([0x80, 0xA8, 0xFF]))
     def reset_function(self, high: int) -> None:
         self.write((CONFIG, DEVICE_CONTROL + 1), bytes([high]))
 
-    @rule(vector=st.integers(0, 255))
-    def kick(self, vector: int) -> None:
-        self.write((REGISTERS, 0x108), bytes([vector]))
+    @rule(offset=st.sampled_from([0x0C, 0x100, 0x104, 0x108, 0x110]), value=st.integers(0, 255))
+    def use_registers(self, offset: int, value: int) -> None:
+        self.write((REGISTERS, offset), bytes([value]))
 
-    @rule(level=st.integers(0, 1))
-    def level(self, level: int) -> None:
-        self.write((REGISTERS, 0x110), bytes([level]))
+    # The device, by itself
+
+    @rule(vector=st.integers(0, 3))
+    def trigger(self, vector: int) -> None:
+        self.device.irq.trigger(vector)
+        self.model.trigger(vector)
+
+    @rule(level=st.booleans())
+    def drive_intx(self, level: bool) -> None:
+        (self.device.irq.assert_ if level else self.device.irq.deassert)()
+        self.model.set_level(level)
 
     # The VMM
 
@@ -440,6 +457,8 @@ class Guests(RuleBasedStateMachine):
             self.device.migration_write_data(memoryview(stream)[:size])
         self.device.migration_set_state(DeviceState.RUNNING)
         self.model.start()
+        if not self.model.asleep:
+            self.look_at_all_bars()
 
     # What must hold
 
@@ -473,4 +492,4 @@ class Guests(RuleBasedStateMachine):
 
 
 TestGuests = Guests.TestCase
-TestGuests.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+TestGuests.settings = settings(deadline=None, max_examples=120, stateful_step_count=50)

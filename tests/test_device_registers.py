@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from vfio_user import Bar, Device, DeviceState, register, state
-from vfio_user.errors import TransitionError
+from vfio_user.errors import CommandError, TransitionError
+from vfio_user.pci import VendorSpecific
+from vfio_user.testing import FakeGuest
 
 RUNNING, RESUMING, STOP_COPY = DeviceState.RUNNING, DeviceState.RESUMING, DeviceState.STOP_COPY
 
@@ -298,3 +300,28 @@ def test_state_and_registers_move_together() -> None:
     put(one, 0, 2)
     load(other, stream(one))
     assert (other.count, other.control) == (2, 2)
+
+
+def test_what_a_device_changes_in_its_vendor_capability_migrates() -> None:
+    class Vendor(Device):
+        vendor_id, device_id = 0x494F, 0x7E57
+        capabilities = (VendorSpecific(b"abcd"),)
+
+    device, other = Vendor(), Vendor()
+    device.config.set("vendor.body", 0x64636258)
+    other.config.load(device.config.save())
+    assert other.config.get("vendor.body") == 0x64636258
+
+
+def test_state_of_another_type_is_refused_where_it_is_saved() -> None:
+    class Careless(Device):
+        vendor_id, device_id = 0x494F, 0x7E58
+        n = state(0)
+
+    device = Careless()
+    device.n = 1.5  # type: ignore[assignment]
+    with FakeGuest(device) as guest, pytest.raises(CommandError):
+        guest.save()
+    device.n = 2
+    with FakeGuest(device) as guest:
+        assert guest.save()

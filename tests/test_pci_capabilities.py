@@ -65,6 +65,7 @@ MSI_64_MASKED: list[Row] = [
 ]
 
 PCIE: list[Row] = [
+    (0x0D, "00", "00", ""),  # PCI Express has no latency timer
     (0x40, "1000 0200", "", ""),  # version 2, endpoint
     (0x44, "00800010", "", ""),  # role-based error reporting, function-level reset
     # error reporting, relaxed ordering, payload size, no snoop, read request size of 512 bytes

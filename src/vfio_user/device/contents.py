@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vfio_user.device.declarations import restored_values, saved_value
+from vfio_user.device.declarations import restored_values, saved_values
 
 if TYPE_CHECKING:
     from vfio_user.device.device import Device
@@ -27,14 +27,13 @@ class Contents(msgspec.Struct, forbid_unknown_fields=True):
 def collect(device: Device) -> dict[str, object]:
     """All of a device's state but the memory of its BARs, as the stream has it."""
     registers = {name: value for file in device.registers.values() for name, value in file.save().items()}
-    fields = {name: saved_value(getattr(device, name)) for name in device.declared_state}
     return msgspec.structs.asdict(
         Contents(
             config=device.config.save(),
             interrupts=dict(device.irq.save()),
             msix=device.msix.save() if device.msix else b"",
             registers=registers,
-            fields=fields,
+            fields=saved_values(device.declared_state, device),
             device=device.save(),
         )
     )

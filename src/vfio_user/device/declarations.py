@@ -124,6 +124,17 @@ def saved_value(value: object) -> object:
     return bytes(value) if isinstance(value, bytearray) else value
 
 
+def saved_values(declared: Mapping[str, State], device: object) -> dict[str, object]:
+    """The declared state of ``device`` by name, for a stream.
+
+    Raises ValueError, which names it, for a value that the other side would refuse: it is not of its default's type.
+    """
+    values = {name: saved_value(getattr(device, name)) for name in declared}
+    for name, one in declared.items():
+        one.restored(name, values[name])
+    return values
+
+
 def restored_values(
     declared: Mapping[str, State], fields: Mapping[str, object], *, complete: bool
 ) -> dict[str, object]:

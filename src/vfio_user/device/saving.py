@@ -115,7 +115,10 @@ class Migrator:
 
     def _finish(self, stream: StreamWriter) -> None:
         """Add all that is left to say of the device as it is now."""
-        stream.add_state(encode_state(collect(self._device)))
+        try:
+            stream.add_state(encode_state(collect(self._device)))
+        except ValueError as error:
+            raise StreamError(f"{type(self._device).__name__} cannot be saved: {error}") from error
         for index, memory in self._device.memory.items():
             stream.add_memory(index, 0, memory)
         stream.end()

@@ -97,7 +97,8 @@ def body_register(offset: int, body: bytes, writable: bytes) -> Iterator[Registe
         raise ValueError(f"a mask of {len(writable)} bytes for a body of {len(body)}: cut writable")
     if body:
         mask = int.from_bytes(writable, "little")
-        yield Register(offset, len(body), "body", int.from_bytes(body, "little"), writable=mask)
+        everything = (1 << 8 * len(body)) - 1
+        yield Register(offset, len(body), "body", int.from_bytes(body, "little"), writable=mask, driven=everything)
 
 
 def first_capability(capabilities: Sequence[Capability]) -> int:

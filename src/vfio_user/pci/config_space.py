@@ -95,17 +95,18 @@ class ConfigSpace:
         self.rom_size = rom_size
         self._on_flr = on_flr
         status = PciStatus.CAP_LIST if self.capabilities else 0
+        size = _size(self.capabilities)
         self._registers = RegisterFile(
-            _size(self.capabilities),
+            size,
             [
                 Register(0x00, 2, "vendor_id", vendor_id),
                 Register(0x02, 2, "device_id", device_id),
                 Register(0x04, 2, "command", writable=_COMMAND_WRITABLE),
-                Register(0x06, 2, "status", status, w1c=_STATUS_W1C),
+                Register(0x06, 2, "status", status, w1c=_STATUS_W1C, driven=PciStatus.INTERRUPT),
                 Register(0x08, 1, "revision", revision),
                 Register(0x09, 3, "class_code", class_code),
                 Register(0x0C, 1, "cache_line_size", writable=0xFF),
-                Register(0x0D, 1, "latency_timer", writable=0xFF),
+                Register(0x0D, 1, "latency_timer", writable=0 if size == EXTENDED_CONFIG_SIZE else 0xFF),
                 Register(0x0E, 1, "header_type"),
                 *_bar_registers(self.bars),
                 Register(0x2C, 2, "subsystem_vendor_id", subsystem_vendor_id),
@@ -166,7 +167,10 @@ class ConfigSpace:
 
     @property
     def bus_master(self) -> bool:
-        """Whether the function may do DMA and send MSI and MSI-X messages."""
+        """Whether the guest lets the function do DMA and send MSI and MSI-X messages.
+
+        VMMs see to that, as QEMU does; a device that is to be strict asks this before it does DMA.
+        """
         return self._command(PciCommand.MASTER)
 
     @property
@@ -247,7 +251,7 @@ class ConfigSpace:
     def _check_constant_bits(self) -> None:
         for register in self._registers:
             value = self.get(register.name)
-            if (value ^ register.reset) & ~(register.writable | register.w1c | _DRIVEN.get(register.name, 0)):
+            if (value ^ register.reset) & ~(register.writable | register.w1c | register.driven):
                 raise ValueError(f"saved {register.name} is {value:#x}, this device has {register.reset:#x}")
 
     def _command(self, bit: PciCommand) -> bool:
@@ -256,15 +260,6 @@ class ConfigSpace:
     def _control(self, capability: str, bit: int) -> bool:
         name = f"{capability}.control"
         return name in self._registers and bool(self.get(name) & bit)
-
-
-_DRIVEN: dict[str, int] = {
-    "status": PciStatus.INTERRUPT,
-    "pcie.device_status": TRANSACTIONS_PENDING,
-    "aer.control": 0x1F,  # which error came first
-    **{f"aer.header_log_{n}": 0xFFFF_FFFF for n in range(4)},
-}
-"""Bits that are the device's own to change, though no guest can."""
 
 
 def _size(capabilities: Sequence[Capability]) -> int:

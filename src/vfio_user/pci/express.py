@@ -39,7 +39,7 @@ class PcieEndpoint(Capability):
             Register(0x04, 4, "device_capabilities", reset=_ROLE_BASED_ERRORS | _FLR_CAPABLE * self.flr),
             # relaxed ordering, no snoop, reads of 512 bytes; all but phantom functions, extended tags and aux power
             Register(0x08, 2, "device_control", 0x2810, writable=0x78FF, strobe=INITIATE_FLR * self.flr),
-            Register(0x0A, 2, "device_status", w1c=0xF),
+            Register(0x0A, 2, "device_status", w1c=0xF, driven=TRANSACTIONS_PENDING),
             Register(0x0C, 4, "link_capabilities", reset=_LINK),
             Register(0x10, 2, "link_control", writable=0xCB),  # ASPM, read completion boundary, clock, sync
             Register(0x12, 2, "link_status", reset=_LINK),
@@ -77,8 +77,8 @@ class AdvancedErrorReporting(ExtendedCapability):
             Register(0x0C, 4, "uncorrectable_severity", 0x00462030, writable=uncorrectable),
             Register(0x10, 4, "correctable_status", w1c=correctable),
             Register(0x14, 4, "correctable_mask", 0x0000E000, writable=correctable),
-            Register(0x18, 4, "control"),
-            *(Register(0x1C + 4 * n, 4, f"header_log_{n}") for n in range(4)),
+            Register(0x18, 4, "control", driven=0x1F),  # which error came first
+            *(Register(0x1C + 4 * n, 4, f"header_log_{n}", driven=0xFFFF_FFFF) for n in range(4)),
         )
 
 

@@ -22,9 +22,11 @@ class Register:
     """A little-endian register: ``width`` bytes at ``offset``.
 
     Every bit is read-only unless one of the masks has it: ``writable``; ``w1c``, write one to clear; ``strobe``, a bit
-    that always reads 0 and whose ones only ``on_write`` sees. ``on_read()`` gives the value that a read shows in place
-    of the stored one, cut to the width. ``on_write(old, new)`` is called after a write that touched the register, also
-    where no bit changed: a doorbell is rung by any write.
+    that always reads 0 and whose ones only ``on_write`` sees. The device itself may change any of them; ``driven`` are
+    those of config space that it does change, though no guest can: what else is read-only there is constant.
+
+    ``on_read()`` gives the value that a read shows in place of the stored one, cut to the width. ``on_write(old, new)``
+    is called after a write that touched the register, also where no bit changed: a doorbell is rung by any write.
 
     Raises ValueError for a declaration that cannot be meant.
     """
@@ -36,13 +38,14 @@ class Register:
     writable: int = 0
     w1c: int = 0
     strobe: int = 0
+    driven: int = 0
     on_read: ReadHook | None = None
     on_write: WriteHook | None = None
 
     def __post_init__(self) -> None:
         if self.offset < 0 or self.width < 1:
             raise ValueError(f"{self}: offsets start at 0, widths at 1 byte")
-        for what in ("reset", *_MASKS):
+        for what in ("reset", "driven", *_MASKS):
             value = getattr(self, what)
             if not 0 <= value < 1 << 8 * self.width:
                 raise ValueError(f"{self}: {what} {value:#x} does not fit: widen the register or cut the value")
