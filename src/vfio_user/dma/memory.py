@@ -7,10 +7,8 @@ by file I/O on the file descriptor that came with it, or by messages to the clie
 from __future__ import annotations
 
 import errno
-import math
 import mmap
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
@@ -18,6 +16,7 @@ from typing import Protocol
 from vfio_user.fds import OwnedFd, is_mappable
 
 from .bitmap import DirtyLog
+from .files import SharedFiles
 from .iova import IovaTable
 
 READ, WRITE, MMAP, FILE_IO = 1, 2, 4, 8
@@ -83,14 +82,13 @@ class _Region:
 class _MappedRegion(_Region):
     """Memory that this process shares with the guest."""
 
-    __slots__ = ("_bytes", "_mapping")
+    __slots__ = ("_bytes",)
 
-    def __init__(self, flags: int, identity: tuple[int, ...], fd: OwnedFd, offset: int, size: int) -> None:
+    def __init__(self, flags: int, identity: tuple[int, ...], shared: memoryview) -> None:
         super().__init__(flags, identity)
-        self._mapping, skip = _map_file(fd.fileno(), offset, size, flags)
-        self._bytes = memoryview(self._mapping)[skip : skip + size]
-        self.readable = self._bytes.toreadonly() if flags & READ else None
-        self.writable = self._bytes if flags & WRITE else None
+        self._bytes = shared
+        self.readable = shared.toreadonly() if flags & READ else None
+        self.writable = shared if flags & WRITE else None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self._bytes[offset : offset + len(buffer)]
@@ -99,11 +97,9 @@ class _MappedRegion(_Region):
         self._bytes[offset : offset + len(data)] = data
 
     def close(self) -> None:
+        # Somebody may still hold a view: the mapping goes away together with the last one.
         self.readable = self.writable = None
         self._bytes.release()
-        # Somebody may still hold a view: the mapping then goes away together with the last one.
-        with suppress(BufferError):
-            self._mapping.close()
 
 
 class _FileRegion(_Region):
@@ -113,7 +109,7 @@ class _FileRegion(_Region):
 
     def __init__(self, flags: int, identity: tuple[int, ...], fd: OwnedFd, offset: int) -> None:
         super().__init__(flags, identity)
-        self._fd = OwnedFd(fd.take())
+        self._fd = fd
         self._offset = offset
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -129,7 +125,7 @@ class _FileRegion(_Region):
             data, position = data[count:], position + count
 
     def close(self) -> None:
-        self._fd.close()
+        del self._fd  # other regions may have the same one: it is closed with the last of them
 
 
 class _MessageRegion(_Region):
@@ -175,6 +171,7 @@ class GuestMemory:
     ) -> None:
         self._port = _MessagePort(messages)
         self._regions: IovaTable[_Region] = IovaTable()
+        self._files = SharedFiles()
         self.log = DirtyLog(lock)
         """What the device wrote, while logging is on. The regions in it are those that are mapped here."""
 
@@ -236,8 +233,9 @@ class GuestMemory:
         if fd is None:
             return _MessageRegion(flags, identity, address, self._port)
         if flags & FILE_IO:
-            return _FileRegion(flags, identity, fd, offset)
-        return _MappedRegion(flags, identity, fd, offset, size)
+            return _FileRegion(flags, identity, self._files.keep(fd), offset)
+        prot = (mmap.PROT_READ if flags & READ else 0) | (mmap.PROT_WRITE if flags & WRITE else 0)
+        return _MappedRegion(flags, identity, self._files.map(fd.fileno(), offset, size, prot))
 
     def unmap(self, address: int, size: int) -> None:
         """Take away exactly this region, and what was logged of it. Raises OSError(ENOENT) where there is none."""
@@ -249,7 +247,7 @@ class GuestMemory:
         """Take away every region. Logging, if on, stays on."""
         regions = list(self._regions)
         self._regions.clear()
-        for address, size, region in regions:
+        for address, size, region in reversed(regions):  # from the end of the log's table: nothing has to move up
             self.log.unmap(address, size)
             region.close()
 
@@ -391,26 +389,6 @@ def _identity(flags: int, fd: OwnedFd | None, offset: int, size: int) -> tuple[i
         raise OSError(errno.EINVAL, f"no file reaches to {offset:#x} + {size:#x}")
     status = os.fstat(fd.fileno())
     return flags, offset, status.st_dev, status.st_ino
-
-
-def _map_file(fd: int, offset: int, size: int, flags: int) -> tuple[mmap.mmap, int]:
-    """Map ``size`` bytes of ``fd``; returns the mapping, and how far into it ``offset`` is."""
-    status = os.fstat(fd)
-    regular = stat.S_ISREG(status.st_mode)
-    if regular and offset + size > status.st_size:
-        # A mapping beyond the end would be a SIGBUS at the first access.
-        raise OSError(errno.EINVAL, f"{offset:#x} + {size:#x} is beyond the file's {status.st_size:#x} bytes")
-    # Huge pages map, and unmap, only as a whole: their size is st_blksize.
-    unit = math.lcm(mmap.ALLOCATIONGRANULARITY, status.st_blksize or 1)
-    start = offset // unit * unit
-    end = -(-(offset + size) // unit) * unit
-    if regular:
-        end = min(end, status.st_size)
-    prot = (mmap.PROT_READ if flags & READ else 0) | (mmap.PROT_WRITE if flags & WRITE else 0)
-    try:
-        return mmap.mmap(fd, end - start, flags=mmap.MAP_SHARED, prot=prot, offset=start), offset - start
-    except (ValueError, OverflowError) as error:
-        raise OSError(errno.EINVAL, f"{offset:#x}, {size:#x} bytes, cannot be mapped: {error}") from error
 
 
 def _some(count: int, otherwise: str) -> int:
