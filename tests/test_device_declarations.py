@@ -100,7 +100,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no such bar": ({"r": register(0, bar=1)}, "'r'.*no BAR 1: add it to bars"),
     "past the end": ({"r": register(0xFFE)}, "'r'.*past the end.*move"),
     "before the start": ({"r": register(-4)}, "'r'.*start at 0"),
-    "no width": ({"r": register(0, width=0)}, "'r'.*1 byte"),
+    "no width": ({"r": register(0, width=0)}, "'r'.*1 to"),
     "large reset": ({"r": register(0, reset=1 << 32)}, "'r'.*reset.*widen"),
     "large mask": ({"r": register(0, width=1, writable=0x100)}, "'r'.*writable.*widen"),
     "two masks": ({"r": register(0, writable=3, w1c=2)}, "'r'.*bits 0x2.*choose one"),

@@ -261,3 +261,32 @@ def test_a_hostile_client_cannot_shrink_the_values_or_block_the_device(device: Q
         os.eventfd_read(bell.fd.fileno())  # taken back before, or after, the device sees it
     client.region_write(0, 0x30, b"\1")
     assert client.region_read(0, 0x30, 1) == b"\1"
+
+
+def test_what_was_rung_before_a_stop_is_done_before_dma_is_quiesced() -> None:
+    """The ring and the command that stops the device wait side by side: the ring is first."""
+    seen: list[str] = []
+
+    class Worker(Device):
+        vendor_id, device_id = 0x494F, 0xD00A
+        bars = {0: Bar(0x1000)}
+        slow = register(0x10, writable=0xFF)
+        bell = register(0x20, writable=0xFF, doorbell=True)
+
+        def quiesce(self) -> None:
+            seen.append("quiesced")
+
+        @bell.on_write
+        def work(self, old: int, new: int) -> None:
+            seen.append("DMA")
+
+        @slow.on_write
+        def take_time(self, old: int, new: int) -> None:
+            found[0x20].ring(new)
+
+    with attached(Worker()) as client:
+        found = bells(client)
+        client.region_write(0, 0x10, b"\1\0\0\0", posted=True)
+        client.migration_set_state(DeviceState.STOP)
+        client.migration_set_state(DeviceState.RUNNING)
+    assert seen[: seen.index("quiesced") + 1] == ["DMA", "quiesced"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from itertools import pairwise
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -123,6 +124,13 @@ REGISTER_BYTES = {REGISTERS: [range(0x100, 0x113)], MEMORY: [range(0x3008, 0x300
 MAPPED = range(0x1000, 0x3000)
 
 
+def parts(region: int, offset: int, length: int) -> list[tuple[int, int]]:
+    """An access cut where mapped memory begins and ends: (start, stop)."""
+    stop = offset + length
+    edges = [edge for edge in (MAPPED.start, MAPPED.stop) if region == MEMORY and offset < edge < stop]
+    return list(pairwise([offset, *edges, stop]))
+
+
 class Bytes:
     """Bytes with masks."""
 
@@ -201,7 +209,8 @@ class Model:
 
     def trigger(self, vector: int) -> None:
         line = next((self.lines[i] for i in (MSIX, MSI, INTX) if self.lines[i].listening), self.lines[MSIX])
-        line.pending.add(vector % VECTORS[line.index])
+        enabled = max(line.listening) + 1 if line.index == MSI and line.listening else VECTORS[line.index]
+        line.pending.add(vector % enabled)
         self.deliver()
 
     def set_level(self, level: bool) -> None:
@@ -216,7 +225,10 @@ class Model:
     # Accesses
 
     def read(self, region: int, offset: int, length: int) -> bytes:
-        stop = offset + length
+        return b"".join(self.read_part(region, start, stop) for start, stop in parts(region, offset, length))
+
+    def read_part(self, region: int, offset: int, stop: int) -> bytes:
+        length = stop - offset
         if region == CONFIG:
             image = bytearray(self.config.now)
             image[6] |= 8 * self.lines[INTX].asserted
@@ -243,6 +255,10 @@ class Model:
         return bytes(at & 0xFF for at in range(offset, stop))
 
     def write(self, region: int, offset: int, data: bytes) -> None:
+        for start, stop in parts(region, offset, len(data)):
+            self.write_part(region, start, data[start - offset : stop - offset])
+
+    def write_part(self, region: int, offset: int, data: bytes) -> None:
         if region == CONFIG:
             self.write_config(offset, data)
         elif self.asleep or region == ROM:

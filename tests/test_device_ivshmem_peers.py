@@ -523,3 +523,14 @@ class TestManyThreads:
         with ThreadPoolExecutor(8) as pool:
             peers = list(pool.map(lambda _: group.join(MIB, 1), range(200), timeout=TIMEOUT))
         assert sorted(peer.id for peer in peers) == group.ids == list(range(200))
+
+
+def test_a_reset_forgets_what_was_rung() -> None:
+    group = Group()
+    device = Ivshmem(size=1 << 16, group=group, vectors=2)
+    os.eventfd_write(device.regions[0].io_fds[1].fd, 1)
+    group.ring(device.id, 0)
+    device.reset()
+    with attached(device) as client:
+        client.region_read(7, 0, 4)
+    assert device.irq.pba() == bytes(8)

@@ -729,3 +729,17 @@ def test_bytearrays_keep_type_and_length() -> None:
     source.data += b"more"
     with pytest.raises(TransitionError, match="data is 4 bytes"):
         load(target, stopped_stream(source))
+
+
+def test_a_device_that_takes_neither_a_stream_nor_its_own_state_back_is_in_error() -> None:
+    class Stubborn(Edu):
+        def load(self, saved: dict[str, object], pre_copy: Sequence[bytes]) -> None:
+            raise ValueError(f"not {saved['buffer']!r:.8}" if self.factorial else "not even mine")
+
+    stream = stopped_stream(lively_edu(1))
+    device = Stubborn()
+    with pytest.raises(TransitionError, match=r"half of a stream \(.*\), and not its own state \(not even mine\)"):
+        load(device, stream)
+    assert device.migration_get_state() == DeviceState.ERROR
+    device.reset()
+    assert device.migration_get_state() == DeviceState.RUNNING

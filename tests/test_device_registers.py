@@ -236,7 +236,7 @@ class Grown(Timer):
 
 def busy() -> Timer:
     device = Timer()
-    device.control, device.status, device.ticks = 0xDEADBEEF, 5, 1 << 63
+    device.control, device.status, device.ticks = 0x5EADBEEF, 5, 1 << 63
     device.odd, device.far = 0xABCDEF, 0xFFFF
     device.calls.clear()
     return device

@@ -306,3 +306,19 @@ def test_without_a_client_it_happens_at_once(device: Worker) -> None:
     device.scratch = 1
     device.region_write(CONFIG, CONTROL, memoryview(b"\0\x80"))
     assert (device.scratch, device.resets, device.config.transactions_pending) == (7, 1, False)
+
+
+def test_a_reset_whose_quiescing_somebody_else_heard_of_does_not_wait_for_ever() -> None:
+    """A device may give one Quiescing to two, of whom the later hears: asked again, the reset sees that it is done."""
+    device = Worker()
+    device.busy = Quiescing()
+    with attached(device) as client:
+        guest = Guest(client)
+        guest.ask_for_reset()
+        assert guest.get(CONFIG, STATUS, 2) & PENDING
+        device.busy.on_done(lambda: None)
+        device.busy.done()
+        device.busy = None
+        guest.ask_for_reset()
+        assert not guest.get(CONFIG, STATUS, 2) & PENDING
+    assert device.resets == 2

@@ -128,7 +128,8 @@ class InterruptsMachine(RuleBasedStateMachine):
     def trigger(self, vector: int) -> None:
         self.irq.trigger(vector)
         index = next((i for i in (MSIX, MSI, INTX) if any(line[0] == i for line in self.listeners)), MSIX)
-        self.pending.add((index, vector % COUNTS[index]))
+        heard = [one for i, one in self.listeners if i == index]
+        self.pending.add((index, vector % (max(heard) + 1 if index == MSI and heard else COUNTS[index])))
 
     @rule(line=lines, by_client=st.booleans())
     def fire(self, line: tuple[int, int], by_client: bool) -> None:

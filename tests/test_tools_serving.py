@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from vfio_user import Client
-from vfio_user.errors import UsageError, VfioUserError
+from vfio_user.errors import CallTimeoutError, UsageError, VfioUserError
 from vfio_user.testing.leaks import no_fd_leaks
 from vfio_user.tools.running import Command, private_sockets
 from vfio_user.tools.serving import DeviceSpec, Service
@@ -125,7 +125,7 @@ def test_a_callback_that_fails_ends_what_is_served(tmp_path: Path) -> None:
     def fail(text: str) -> None:
         raise RuntimeError("no place for reports")
 
-    with Service(specs(tmp_path, "edu", "gpio"), fail) as service, service.signals():
+    with Service(specs(tmp_path, "edu", "gpio"), fail, handle_signals=True) as service:
         os.kill(os.getpid(), signal.SIGUSR1)
         with pytest.raises(RuntimeError, match="no place"):
             service.serve()
@@ -136,7 +136,7 @@ def test_signals_are_handled_by_turns_and_given_back(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in numbers]
     reports: list[str] = []
     spec = DeviceSpec("edu", tmp_path / "0", filters=("stats",))
-    with Service([spec], reports.append) as service, service.signals():
+    with Service([spec], reports.append, handle_signals=True) as service:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -154,14 +154,14 @@ def test_a_signal_that_another_thread_gets_is_heard(tmp_path: Path) -> None:
         Client.connect(tmp_path / "0", TIMEOUT).close()
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
-    with Service(specs(tmp_path, "edu")) as service, service.signals(), in_thread(get_signal):
+    with Service(specs(tmp_path, "edu"), handle_signals=True) as service, in_thread(get_signal):
         service.serve()
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Service(specs(tmp_path, "edu")) as service, service.signals():
+        with Service(specs(tmp_path, "edu"), handle_signals=True):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -224,3 +224,35 @@ def test_what_a_plain_device_does_not_need_is_not_imported(tmp_path: Path) -> No
         capture_output=True, text=True, timeout=TIMEOUT, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[] []"
+
+
+STUCK = """
+import time
+from vfio_user import Bar, Device
+
+class Stuck(Device):
+    vendor_id, device_id, bars = 0x494F, 1, {0: Bar(16)}
+
+    def bar_read(self, bar, offset, data):
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("told", "patience"), [(1, 0.2), (2, 600.0)])
+def test_a_hook_that_does_not_return_is_given_up(tmp_path: Path, told: int, patience: float) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK)
+    all_specs = specs(tmp_path, f"{tmp_path}/stuck.py:Stuck", "edu")
+    with (
+        Service(all_specs, patience=patience) as service,
+        in_thread(lambda: read_in_vain(tmp_path / "0", service, told)),
+        pytest.raises(VfioUserError, match=r"Stuck at .* does not end: a hook"),
+    ):
+        service.serve()
+    assert not list(tmp_path.glob("[01]")), "sockets are left"
+
+
+def read_in_vain(path: Path, service: Service, told: int) -> None:
+    with Client.connect(path, 0.5) as client, pytest.raises(CallTimeoutError):
+        client.region_read(0, 0, 4)
+    for _ in range(told):
+        service.stop()

@@ -88,10 +88,9 @@ def serve(parts: list[dict[str, Any]]) -> None:
 
             specs = stack.enter_context(private_sockets(specs))
         fd_limit = raise_fd_limit()
-        service = stack.enter_context(Service(specs, _print_report))
+        service = stack.enter_context(Service(specs, _print_report, handle_signals=True))
         _show_traces(service)
         stack.callback(lambda: _print_report(service.report()))
-        stack.enter_context(service.signals())
         if command is None:
             _say_how_to_plug(service)
             service.serve()

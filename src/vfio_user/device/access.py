@@ -41,6 +41,9 @@ class AccessTable:
     Over a BAR lie, from the top, the table of MSI-X, the declared registers and its memory; below them is the device's
     own code, ``bar_read`` and ``bar_write``. A BAR without any of these is served by that code directly. ``awake`` is
     what holds in D0; ``asleep``, in D3hot, has config space only.
+
+    An access goes to the topmost that it touches, as a whole: beside a register it reads 0. Only where memory begins or
+    ends it is cut in two.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class AccessTable:
         for index in config.bars:
             for read, write in self._layers(index):
                 readers[index], writers[index] = _over(read, readers[index]), _over(write, writers[index])
+            if edges := _edges(config.bars[index]):
+                readers[index], writers[index] = _cut(edges, readers[index]), _cut(edges, writers[index])
         readers[PciRegion.ROM] = _reader_of(rom)
         no_readers: list[Access] = [_read_ones] * PCI_NUM_REGIONS
         no_writers: list[Access] = [_ignore] * PCI_NUM_REGIONS
@@ -71,7 +76,8 @@ class AccessTable:
     def view(self, region: int, offset: int, count: int) -> memoryview | None:
         """The memory that is all there is to such an access; None: ask the reader."""
         plain = region in self._memory and region not in self._registers and not self._has_table(region)
-        if not plain or self._config.bars[region].traps(offset, count):
+        areas = self._config.bars[region].mmap_areas if plain else ()
+        if not any(at <= offset and offset + count <= at + size for at, size in areas):
             return None
         return self._memory[region][offset : offset + count]
 
@@ -108,6 +114,21 @@ def _over(layer: Layer, below: Access) -> Access:
     def access(region: int, offset: int, data: memoryview) -> None:
         if not layer(region, offset, data):
             below(region, offset, data)
+
+    return access
+
+
+def _edges(bar: Bar) -> list[int]:
+    """Where mapped memory begins and ends inside a BAR."""
+    return sorted({edge for offset, size in bar.mmap_areas for edge in (offset, offset + size)} - {0, bar.size})
+
+
+def _cut(edges: Sequence[int], whole: Access) -> Access:
+    def access(region: int, offset: int, data: memoryview) -> None:
+        start, end = offset, offset + len(data)
+        for edge in (*(edge for edge in edges if start < edge < end), end):
+            whole(region, start, data[start - offset : edge - offset])
+            start = edge
 
     return access
 

@@ -48,7 +48,7 @@ def apply(device: Device, collected: dict[str, object], loaded: LoadedStream) ->
     complete = loaded.state_version == device.state_version
     values = restored_values(device.declared_state, contents.fields, complete=complete)
     device.config.load(contents.config, complete=complete)
-    device.follow_config(contents.interrupts)
+    device.load_interrupts(contents.interrupts)
     if device.msix:
         device.msix.load(contents.msix)
     _load_registers(device, contents.registers, complete)

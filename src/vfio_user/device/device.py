@@ -171,7 +171,8 @@ class Device(ServerBackend):
     def load(self, saved: dict[str, object], pre_copy: Sequence[bytes]) -> None:
         """Take over what :meth:`save` and :meth:`pre_copy` of the source gave; declared state is there already.
 
-        Raises ValueError for what it cannot be: then everything is as it was before.
+        Raises ValueError for what it cannot be: then everything is as it was before. For that it is called once more,
+        with what :meth:`save` gave then and no ``pre_copy``: :meth:`save` alone must be enough.
         """
         if saved:
             raise ValueError(f"{', '.join(sorted(saved))}: not known to this device")
@@ -332,13 +333,18 @@ class Device(ServerBackend):
         self.follow_config()
         self.on_config_write(offset, len(data))
 
-    def follow_config(self, saved_interrupts: object = None) -> None:
-        """Do what config space means for the rest of the device; interrupts that were saved with it are loaded."""
+    def follow_config(self) -> None:
+        """Do what config space means for the rest of the device."""
+        self.__choose_accesses()
+        self.irq.hold(self.__held_interrupts())
+
+    def load_interrupts(self, saved: object) -> None:
+        """Take over interrupts, and config space that was loaded with them. Raises ValueError."""
+        self.__choose_accesses()
+        self.irq.load(saved, self.__held_interrupts())
+
+    def __choose_accesses(self) -> None:
         self.__readers, self.__writers = self.__accesses.asleep if self.config.asleep else self.__accesses.awake
-        if saved_interrupts is None:
-            self.irq.hold(self.__held_interrupts())
-        else:
-            self.irq.load(saved_interrupts, self.__held_interrupts())
 
     def __held_interrupts(self) -> dict[int, int]:
         config = self.config

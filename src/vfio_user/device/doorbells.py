@@ -12,7 +12,7 @@ from vfio_user.device.files import memory_file
 from vfio_user.device.registers import BarRegister
 from vfio_user.fds import OwnedFd, take_signals
 from vfio_user.server.backend import Link, RegionIoFd
-from vfio_user.wire.constants import MAX_MSG_FDS, PAGE_SIZE, IoFdType
+from vfio_user.wire.constants import PAGE_SIZE, IoFdType
 
 _SLOT = 8
 """Bytes of shared memory for each doorbell: its value, little-endian."""
@@ -46,8 +46,7 @@ class Doorbells:
             self._values = memoryview(mmap.mmap(self._file.fileno(), size))
 
     def io_fds(self, bar: int) -> Sequence[RegionIoFd]:
-        """What DEVICE_GET_REGION_IO_FDS says of a BAR: as many as one message carries; the rest comes by messages."""
-        offered = [bell for bell in self._bells if bell.bar == bar][: MAX_MSG_FDS - 1]
+        """What DEVICE_GET_REGION_IO_FDS says of a BAR."""
         return [
             RegionIoFd(
                 IoFdType.IOEVENTFD_SHADOW,
@@ -57,7 +56,8 @@ class Doorbells:
                 shadow_fd=self._file.fileno(),
                 shadow_offset=bell.slot,
             )
-            for bell in offered
+            for bell in self._bells
+            if bell.bar == bar
         ]
 
     def watch(self, link: Link) -> None:

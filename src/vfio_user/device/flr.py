@@ -24,7 +24,12 @@ class FunctionLevelReset:
         self._waiting: tuple[Quiescing, OwnedFd] | None = None
 
     def request(self) -> None:
-        """The guest asks. Asking again before it is done changes nothing."""
+        """The guest asks. Asking again before it is done changes nothing.
+
+        A device that gives one Quiescing to two that wait for it answers the later one only: then it is seen here.
+        """
+        if self._waiting is not None and self._waiting[0].error is not None:
+            self.settle()
         if not self._requested:
             self._requested = True
             self._device.config.transactions_pending = True

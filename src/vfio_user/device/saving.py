@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vfio_user.device.contents import apply, collect
-from vfio_user.errors import StreamError
+from vfio_user.errors import StreamError, UnrecoverableError
 from vfio_user.migration import (
     SAVING_STATES,
     LoadedStream,
@@ -104,7 +104,8 @@ class Migrator:
             return
         self._outgoing = None
         if target == DeviceState.RESUMING:
-            limit = 4 * self._stream_size() + LOAD_SLACK + 2 * self._device.pre_copy_limit
+            memory = sum(map(len, self._device.memory.values()))  # of this there can be no more than we have
+            limit = memory + 4 * (self._stream_size() - memory) + LOAD_SLACK + 2 * self._device.pre_copy_limit
             self._incoming = StreamReader(self._device.stream_identity, limit)
         elif source == DeviceState.RESUMING:
             assert self._incoming is not None
@@ -136,11 +137,20 @@ class Migrator:
             self._check_memory(loaded)
             apply(self._device, decode_state(loaded.state), loaded)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            version = self._device.stream_identity.state_version
-            apply(self._device, before, LoadedStream([], b"", [], version))
+            self._restore(before, error)
             raise StreamError(f"the stream does not fit {type(self._device).__name__}: {error}") from error
         for block in loaded.memory:
             self._device.memory[block.region][block.offset : block.offset + len(block.data)] = block.data
+
+    def _restore(self, before: dict[str, object], reason: Exception) -> None:
+        """Have the device be what it was before it took something that does not fit."""
+        try:
+            apply(self._device, before, LoadedStream([], b"", [], self._device.stream_identity.state_version))
+        except Exception as error:
+            name = type(self._device).__name__
+            raise UnrecoverableError(
+                f"{name} took half of a stream ({reason}), and not its own state ({error})"
+            ) from error
 
     def _check_memory(self, loaded: LoadedStream) -> None:
         """The stream has the memory of all BARs, from the first byte to the last."""

@@ -104,7 +104,8 @@ class Group:
     @property
     def ids(self) -> list[int]:
         """The ids of its members, in order."""
-        return sorted(self._peers.keys())
+        with self._joining:
+            return sorted(self._peers.keys())
 
     def join(self, size: int, vectors: int, id: int = LOWEST_FREE) -> Peer:
         """A new member, which belongs to the group for as long as the caller keeps it.
@@ -214,6 +215,12 @@ class Ivshmem(Device):
         for vector, fd in enumerate(self._doorbells):  # rung, and not seen yet: it belongs to the state
             self._rung(vector, fd)
         super().migration_set_state(state)
+
+    def on_reset(self) -> None:
+        """What was rung before is forgotten, as any interrupt that was pending."""
+        self._peer.take()
+        for fd in self._doorbells:
+            take_signals(fd.fileno())
 
     def _rung_by_peers(self) -> None:
         for vector in self._peer.take():

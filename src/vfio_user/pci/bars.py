@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from mmap import PAGESIZE
+from typing import cast
 
 NUM_BARS = 6
 
@@ -39,6 +40,7 @@ class Bar:
 
     def check(self) -> None:
         """Raise ValueError for a declaration that no PCI bus could carry out; config space asks, and says which BAR."""
+        self._check_types()
         smallest, largest = self._limits()
         if self.size.bit_count() != 1 or not smallest <= self.size <= largest:
             raise ValueError(f"{self}: the size must be a power of two, {smallest:#x} to {largest:#x}")
@@ -83,6 +85,13 @@ class Bar:
         """Whether every access to this range arrives as a message."""
         return not any(offset < at + length and at < offset + size for at, length in self.mmap_areas)
 
+    def _check_types(self) -> None:
+        size, trapped = cast(object, self.size), cast(object, self.trapped)
+        if not isinstance(size, int):
+            raise ValueError(f"{self}: the size must be an int")
+        if not isinstance(trapped, tuple | list) or not all(_is_range(one) for one in trapped):
+            raise ValueError(f"{self}: trapped has (offset, size) pairs: write ((0, 0x1000),) for one")
+
     def _limits(self) -> tuple[int, int]:
         if self.io:
             return _MIN_IO, _MAX_IO
@@ -98,3 +107,7 @@ class Bar:
             free = max(free, -(-(offset + size) // PAGESIZE) * PAGESIZE)
         if free < self.size:
             yield free, self.size - free
+
+
+def _is_range(one: object) -> bool:
+    return isinstance(one, tuple | list) and len(one) == 2 and all(isinstance(number, int) for number in one)

@@ -84,14 +84,15 @@ class Interrupts:
     def trigger(self, vector: int = 0) -> None:
         """Send one interrupt the way that the client listens for it.
 
-        That is MSI-X if any of its vectors has an eventfd, else MSI (a vector beyond its count shares one, as
-        PCI has it), else a pulse of INTx. If nothing is assigned it waits in MSI-X, or what the device has
-        instead. Raises ValueError for a vector that the device does not have.
+        That is MSI-X if any of its vectors has an eventfd, else MSI (a guest may enable fewer than the device
+        has: a vector beyond those shares one, as PCI has it), else a pulse of INTx. If nothing is assigned it waits
+        in MSI-X, or what the device has instead. Raises ValueError for a vector that the device does not have.
         """
         if not 0 <= vector < self._vectors:
             raise ValueError(f"vector {vector}: the device has {self._vectors}")
         index = next((i for i in (MSIX, MSI, INTX) if self._lines[i].eventfds), self._messages)
-        self._lines[index].fire(vector % self.counts[index])
+        enabled = max(self._lines[index].eventfds, default=-1) + 1 if index == MSI else 0
+        self._lines[index].fire(vector % (enabled or self.counts[index]))
 
     @property
     def message_signalled(self) -> bool:

@@ -14,6 +14,8 @@ Buffer = bytes | bytearray | memoryview
 ReadHook = Callable[[], int]
 WriteHook = Callable[[int, int], None]
 
+_MAX_WIDTH = 1 << 16
+"""Bytes: the largest is the table of MSI-X, which has half of that."""
 _MASKS = ("writable", "w1c", "strobe")
 
 
@@ -43,8 +45,8 @@ class Register:
     on_write: WriteHook | None = None
 
     def __post_init__(self) -> None:
-        if self.offset < 0 or self.width < 1:
-            raise ValueError(f"{self}: offsets start at 0, widths at 1 byte")
+        if self.offset < 0 or not 1 <= self.width <= _MAX_WIDTH:
+            raise ValueError(f"{self}: offsets start at 0, widths are 1 to {_MAX_WIDTH:#x} bytes")
         for what in ("reset", "driven", *_MASKS):
             value = getattr(self, what)
             if not 0 <= value < 1 << 8 * self.width:
@@ -142,11 +144,8 @@ class RegisterFile:
         return self._values[name]
 
     def set(self, name: str, value: int) -> None:
-        """Store a value from the device's own side: no mask holds. Raises ValueError for one too large."""
-        register = self._by_name[name]
-        if not 0 <= value < 1 << 8 * register.width:
-            raise ValueError(f"{register}: {value:#x} does not fit")
-        self._values[name] = value
+        """Store a value from the device's own side: no mask holds. Raises ValueError for one that it cannot have."""
+        self._values[name] = _possible(self._by_name[name], value)
 
     def reset(self) -> None:
         """Put every register back to its reset value."""
@@ -171,7 +170,7 @@ class RegisterFile:
                 raise ValueError(f"unknown register {name!r}")
             if len(content) != register.width:
                 raise ValueError(f"{register}: saved are {len(content)} bytes")
-            values[name] = int.from_bytes(content, "little")
+            values[name] = _possible(register, int.from_bytes(content, "little"))
         self._values = values
 
     def _check_inside(self, offset: int, length: int) -> None:
@@ -179,6 +178,15 @@ class RegisterFile:
             raise OSError(
                 errno.EINVAL, f"{length} bytes at {offset:#x} are not inside the {self._size} bytes of registers"
             )
+
+
+def _possible(register: Register, value: int) -> int:
+    """A value that the register can have. Raises ValueError."""
+    if not 0 <= value < 1 << 8 * register.width:
+        raise ValueError(f"{register}: {value:#x} does not fit")
+    if value & register.strobe:
+        raise ValueError(f"{register}: bits {value & register.strobe:#x} of {value:#x} are strobes, which read 0")
+    return value
 
 
 def _overlap(register: Register, offset: int, length: int) -> tuple[int, int]:

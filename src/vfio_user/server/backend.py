@@ -189,9 +189,11 @@ class ServerBackend:
         self._refuse("set_irqs")
 
     def quiesce(self) -> Quiescing | None:
-        """Promise that no DMA is in flight: called before an unmap, a reset, and before leaving a running state.
+        """Promise that no DMA is in flight: called before an unmap, a reset (a guest's function-level one too), and
+        before leaving a running state.
 
-        None: there is none. A :class:`Quiescing`: it ends later, and the command waits for it.
+        None: there is none. A :class:`Quiescing`: it ends later, and what asked for it waits. It may be called again
+        while an earlier one is under way; each call has an object of its own to answer by.
         """
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
 
 from vfio_user.errors import MessageError
@@ -57,16 +56,23 @@ def get_region_io_fds(context: Context, message: Message) -> Reply:
     region = context.region(request.index)
     if not region.flags or not region.size:
         raise MessageError(f"region {request.index} does not exist")
-    argsz = base + m.IoFd.LAYOUT.size * len(region.io_fds)
-    head = m.RegionIoFds(argsz, 0, request.index, len(region.io_fds)).pack()
+    offered = _carried(region.io_fds, min(context.client.msg_fds, MAX_MSG_FDS))
+    argsz = base + m.IoFd.LAYOUT.size * len(offered)
+    head = m.RegionIoFds(argsz, 0, request.index, len(offered)).pack()
     if argsz > request.argsz:
         return Reply([head])
-    entries, fds = _pack_io_fds(region.io_fds)
-    if len(fds) > min(context.client.msg_fds, MAX_MSG_FDS):
-        raise MessageError(
-            f"{len(fds)} file descriptors: the client takes {context.client.msg_fds} at once", errno.E2BIG
-        )
+    entries, fds = _pack_io_fds(offered)
     return Reply([head, *entries], fds)
+
+
+def _carried(io_fds: Sequence[RegionIoFd], limit: int) -> Sequence[RegionIoFd]:
+    """The first of them, as many as ``limit`` descriptors are enough for: what is not offered comes by messages."""
+    fds: set[int] = set()
+    for number, one in enumerate(io_fds):
+        fds |= {fd for fd in (one.fd, one.shadow_fd) if fd is not None and fd >= 0}
+        if len(fds) > limit:
+            return io_fds[:number]
+    return io_fds
 
 
 def _pack_io_fds(io_fds: Sequence[RegionIoFd]) -> tuple[list[bytes], list[int]]:

@@ -151,6 +151,10 @@ class Server:
                 sock.close()
         self._epoll.close()
         os.close(self._wake_fd)
+        self.remove_socket()
+
+    def remove_socket(self) -> None:
+        """Remove the socket file that was made here, if it still is that one: nobody finds this server any more."""
         if self._bound is not None:
             path, inode = self._bound
             with contextlib.suppress(OSError):

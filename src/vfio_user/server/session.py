@@ -301,6 +301,9 @@ class Session:
         if self._context.depth and self._must_wait(message):
             self._postpone(message)
             return
+        if self._watches and _may_quiesce(message):
+            message = _kept(message)
+            self._poll_watches(0)  # a doorbell that was rung before must not start DMA behind the quiesce
         try:
             quiescing = self._dispatcher.quiesce(message)
         except Exception as error:
@@ -462,12 +465,7 @@ class Session:
 
         Later ones wait behind it: commands are served in order.
         """
-        return (
-            bool(self._postponed)
-            or self._parked is not None
-            or COMMANDS[message.command].quiesces
-            or message.command == Command.DEVICE_FEATURE
-        )
+        return bool(self._postponed) or self._parked is not None or _may_quiesce(message)
 
     def _postpone(self, message: Message) -> None:
         self._postponed.append(_kept(message))
@@ -550,6 +548,11 @@ class Session:
             quiescing.on_done(lambda: None)
         finally:
             os.close(done)
+
+
+def _may_quiesce(message: Message) -> bool:
+    """Whether a command stops DMA; of DEVICE_FEATURE it depends on what is set."""
+    return COMMANDS[message.command].quiesces or message.command == Command.DEVICE_FEATURE
 
 
 def _kept(message: Message) -> Message:

@@ -14,6 +14,7 @@ import resource
 import select
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,10 @@ logger = logging.getLogger("vfio_user.tools")
 MICROSECOND = 1e-6
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 REPORT_SIGNAL = signal.SIGUSR1
+PATIENCE = 10.0
+"""Seconds that servers have to end: a hook may be at work, but not for ever."""
+HURRY = 1.0
+"""Seconds that they have when they are told more than once."""
 _SERVER_ENDED = 0
 """An event, as the numbers of signals are."""
 
@@ -70,6 +75,11 @@ class Built:
     backend: ServerBackend
     filters: Sequence[Filter]
 
+    @property
+    def name(self) -> str:
+        """What it is, and where."""
+        return f"{self.spec.device} at {self.spec.place}"
+
 
 class Companion(Protocol):
     """Something that is served along with the devices, until it ends: a :class:`~vfio_user.tools.running.Command`."""
@@ -94,21 +104,43 @@ class Service:
     """The devices of ``specs``, whose sockets all listen, or none does.
 
     Raises UsageError for a device, an option or a filter that is none; OSError for a socket that cannot be made.
-    ``on_report`` is given what :meth:`report` gives when REPORT_SIGNAL comes.
+
+    With ``handle_signals``, in the main thread only, END_SIGNALS end :meth:`serve`, and REPORT_SIGNAL has
+    ``on_report`` be given what :meth:`report` gives: from before there is a socket until :meth:`close`. A SIGHUP that
+    is ignored, as nohup has it, stays ignored.
+
+    A server that does not end, because a hook of its device does not return, is given up ``patience`` seconds after
+    it was told to end; when it is told again, HURRY seconds after.
     """
 
-    def __init__(self, specs: Sequence[DeviceSpec], on_report: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        specs: Sequence[DeviceSpec],
+        on_report: Callable[[str], None] = lambda text: None,
+        *,
+        handle_signals: bool = False,
+        patience: float = PATIENCE,
+    ) -> None:
         _check_places(specs)
         self.devices = [_build(spec) for spec in specs]
         self._on_report = on_report
+        self._patience = patience
+        self._told = 0.0
+        self._deadline: float | None = None
         self._failures: list[VfioUserError] = []
         self._companion: Companion | None = None
-        self._running = 0
+        self._serving: dict[Server, Built] = {}
+        self._given_up: set[Server] = set()
         self._idle = threading.Event()
         self._idle.set()
         with ExitStack() as stack:
             self._events = stack.enter_context(contextlib.closing(_Events()))
-            self._servers = [stack.enter_context(_listen(built)) for built in self.devices]
+            if handle_signals:
+                stack.enter_context(self._events.of_signals({*END_SIGNALS, REPORT_SIGNAL} - _ignored()))
+            self._servers: list[Server] = []
+            for built in self.devices:
+                self._servers.append(_listen(built))
+                stack.callback(self._close_server, self._servers[-1])
             self._stack = stack.pop_all()
 
     @property
@@ -117,29 +149,27 @@ class Service:
         return [one.spec.socket_path.absolute() for one in self.devices if one.spec.socket_path is not None]
 
     def serve(self, companion: Companion | None = None) -> None:
-        """Serve until :meth:`stop`, a signal within :meth:`signals`, or the end of the ``companion``; once.
+        """Serve until :meth:`stop`, a signal that is handled, or the end of the ``companion``; once.
 
         Ends also when every client of a connected socket has left, and the companion has ended. What was received is
         answered first. When this is to end, the companion ends before the servers do, so that it can let its devices
-        go. Raises VfioUserError when a server has failed, after all else was ended.
+        go. Raises VfioUserError when a server has failed or was given up, after all else was ended.
         """
         self._idle.clear()
         self._companion = companion
-        threads = []
         try:
             for built, server in zip(self.devices, self._servers, strict=True):
-                thread = threading.Thread(
+                self._serving[server] = built
+                threading.Thread(
                     target=self._serve_one, args=(built, server), name=built.spec.device, daemon=True
-                )
-                thread.start()
-                threads.append(thread)
-                self._running += 1
-            while self._running or self._companion is not None:
+                ).start()
+            while self._serving or self._companion is not None:
                 self._wait()
         finally:
+            self._companion = None
             self._shut_down()
-            for thread in threads:
-                thread.join()
+            while self._serving:
+                self._wait()
             self._idle.set()
         if self._failures:
             raise self._failures[0]
@@ -156,16 +186,6 @@ class Service:
             for each in one.filters
             if (text := each.report())
         )
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Meanwhile END_SIGNALS end :meth:`serve`, and REPORT_SIGNAL has it report. In the main thread only.
-
-        A SIGHUP that is ignored, as nohup has it, stays ignored.
-        """
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-        with self._events.of_signals({*END_SIGNALS, REPORT_SIGNAL} - ignored):
-            yield
 
     def close(self) -> None:
         """Let the clients go, remove the sockets. Ends :meth:`serve` before, if another thread is in there."""
@@ -186,24 +206,25 @@ class Service:
         try:
             server.serve_forever()
         except BaseException as error:  # nobody is above a thread to see it
-            name = f"{built.spec.device} at {built.spec.place}"
-            logger.info("%s", name, exc_info=True)
-            self._failures.append(VfioUserError(f"{name} failed: {type(error).__name__}: {error} (-v shows where)"))
+            logger.info("%s", built.name, exc_info=True)
+            reason = f"{built.name} failed: {type(error).__name__}: {error} (vfio-user -v shows where)"
+            self._failures.append(VfioUserError(reason))
         finally:
+            self._serving.pop(server, None)
             self._events.put(_SERVER_ENDED)
 
     def _wait(self) -> None:
         """Wait for something to happen, and do what it calls for."""
         companion = self._companion
-        for event in self._events.wait(companion):
-            if event == _SERVER_ENDED:
-                self._running -= 1
-            elif event == REPORT_SIGNAL:
+        for event in self._events.wait(companion, self._time_left()):
+            if event == REPORT_SIGNAL:
                 self._on_report(self.report())
-            elif companion is None or not companion.hears(event):
-                self._end()
+            elif event != _SERVER_ENDED and (companion is None or not companion.hears(event)):
+                self._end(again=True)
         if self._failures:
             self._end()
+        if self._time_left() == 0:
+            self._give_up()
         if companion is None:
             return
         if _readable(companion):
@@ -212,15 +233,38 @@ class Service:
         elif companion.patience() == 0:
             companion.insist()
 
-    def _end(self) -> None:
+    def _end(self, *, again: bool = False) -> None:
+        """Have all end. ``again``: who is told more than once has less patience."""
         if self._companion is not None:
             self._companion.end()
-        else:
+        elif self._deadline is None:
             self._shut_down()
+        elif again:
+            self._deadline = min(self._deadline, self._told + HURRY)
 
     def _shut_down(self) -> None:
+        if self._deadline is None:
+            self._told = time.monotonic()
+            self._deadline = self._told + self._patience
         for server in self._servers:
             server.shutdown()
+
+    def _time_left(self) -> float | None:
+        """Seconds until servers are given up; None while they are not to end."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def _give_up(self) -> None:
+        """Leave the servers that have not ended: their threads end with the process."""
+        for server, built in list(self._serving.items()):
+            self._given_up.add(server)
+            self._serving.pop(server, None)
+            self._failures.append(VfioUserError(f"{built.name} does not end: a hook of it has not returned"))
+
+    def _close_server(self, server: Server) -> None:
+        if server in self._given_up:
+            server.remove_socket()
+        else:
+            server.close()
 
 
 class _Events:
@@ -235,15 +279,16 @@ class _Events:
         with contextlib.suppress(OSError):  # full: the thread is awake; closed: there is none
             os.write(self._writer, b"\0")
 
-    def wait(self, companion: Companion | None) -> Iterator[int]:
-        """What was left since; waits for it, for the companion's end, or for its patience to be over."""
+    def wait(self, companion: Companion | None, patience: float | None) -> Iterator[int]:
+        """What was left since; waits for it, for the companion's end, or for its or our ``patience`` to be over."""
         poll = select.poll()
         poll.register(self._reader, select.POLLIN)
-        patience = None
+        times = [patience]
         if companion is not None:
             poll.register(companion, select.POLLIN)
-            patience = companion.patience()
-        poll.poll(None if patience is None else patience * 1000 + 1)
+            times.append(companion.patience())
+        limits = [time for time in times if time is not None]
+        poll.poll(min(limits) * 1000 + 1 if limits else None)
         with contextlib.suppress(BlockingIOError):
             os.read(self._reader, 4096)
         while self._left:
@@ -278,6 +323,10 @@ def raise_fd_limit() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return soft
+
+
+def _ignored() -> set[signal.Signals]:
+    return {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
 
 
 def _check_places(specs: Sequence[DeviceSpec]) -> None:
