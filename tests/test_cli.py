@@ -304,7 +304,7 @@ CLASS = "from vfio_user import Device\nclass X(Device):"
         ("raise RuntimeError('boom')", "RuntimeError: boom"),
         ("import nosuchmodule", "ModuleNotFoundError"),
         (f"{CLASS} pass", "vendor_id"),
-        (f"{CLASS}\n vendor_id = device_id = 1\n def __init__(self): raise KeyError('k')", "KeyError: 'k'"),
+        (f"{CLASS}\n vendor_id = device_id = 7\n def __init__(self): raise KeyError('k')", "KeyError: 'k'"),
     ],
 )
 def test_a_fault_of_a_device_file_is_one_line(tmp_path: Path, code: str, reason: str) -> None:

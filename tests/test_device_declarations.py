@@ -43,11 +43,32 @@ def hooked(name: str, *, times: int = 1) -> BarRegister:
     return one
 
 
+def hook_alone() -> Callable[..., None]:
+    """A hook whose register is nowhere: it has taken the place of it."""
+
+    def count(device: Device, old: int, new: int) -> None: ...
+
+    return register(0).on_write(count)
+
+
+def short_hook() -> dict[str, Any]:
+    """A register whose hook has too few arguments."""
+
+    def rung(device: Device, new: int) -> None: ...
+
+    one = register(0)
+    return {"r": one, "rung": one.on_write(rung)}
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     # identity
     "no vendor": ({"vendor_id": 0xFFFF}, "vendor_id is not set: give it one"),
     "no device": ({"device_id": 0xFFFF}, "device_id is not set: .*abstract=True"),
     "large vendor": ({"vendor_id": 1 << 16}, "vendor_id.*does not fit"),
+    "an empty slot": ({"vendor_id": 0}, "vendor_id 0x0000 means an empty slot: choose another"),
+    "class code": ({"class_code": 1 << 24}, "class_code 0x1000000 does not fit in 24 bits"),
+    "hook in place of its register": ({"count": hook_alone()}, "hook .count. takes the place of its register"),
+    "hook of wrong arguments": (short_hook(), "its hook .rung. is called as .self, old, new.: declare it so"),
     "large subsystem": ({"subsystem_id": 1 << 16}, "subsystem_id.*does not fit"),
     "large revision": ({"revision": 256}, "revision.*does not fit"),
     "large class": ({"class_code": 1 << 24}, "class_code.*does not fit"),
@@ -60,10 +81,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "bar 6": ({"bars": {6: Bar(16)}}, "BAR 6.*0 to 5"),
     "odd size": ({"bars": {0: Bar(100)}}, "BAR 0.*power of two"),
     "last bar of 64 bits": ({"bars": {5: Bar(16, bits64=True)}}, "BAR 5.*takes two"),
-    "overlapping bars": ({"bars": {0: Bar(16, bits64=True), 1: Bar(16)}}, "'bar1'.*overlaps.*'bar0'.*move"),
+    "overlapping bars": ({"bars": {0: Bar(16, bits64=True), 1: Bar(16)}}, "BAR 0 of 64 bits takes index 1.*move"),
     "overlapping bars of 64 bits": (
         {"bars": {0: Bar(16, bits64=True), 1: Bar(16, bits64=True)}},
-        "'bar1'.*overlaps.*'bar0'.*move",
+        "BAR 0 of 64 bits takes index 1.*move",
     ),
     "io with memory": ({"bars": {0: Bar(16, io=True, memory=True)}}, "BAR 0.*I/O.*drop"),
     "trapped all over": ({"bars": {0: Bar(4096, memory=True, trapped=((0, 1),))}}, "BAR 0.*no page.*drop memory"),
@@ -79,7 +100,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "msix in bar 6": ({"msix_vectors": 1, "msix_bar": 6}, "BAR 6"),
     "msix in half a bar": (
         {"msix_vectors": 1, "msix_bar": 1, "bars": {0: Bar(16, bits64=True)}},
-        "'bar1'.*overlaps.*'bar0'",
+        "BAR 0 of 64 bits takes index 1",
     ),
     "msix in a small bar": ({"msix_vectors": 1, "msix_bar": 0, "bars": {0: Bar(64)}}, "MSI-X PBA.*BAR 0"),
     "msix in io": ({"msix_vectors": 1, "msix_bar": 0, "bars": {0: Bar(256, io=True)}}, "memory BAR 0"),
@@ -98,7 +119,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "msix by hand": ({"capabilities": [MsixCapability(1, 0, 0, 0, 16)]}, "capabilities: 'msix'.*msix_vectors"),
     # registers
     "no such bar": ({"r": register(0, bar=1)}, "'r'.*no BAR 1: add it to bars"),
-    "past the end": ({"r": register(0xFFE)}, "'r'.*past the end.*move"),
+    "past the end": ({"r": register(0xFFE)}, "'r'.*past the 0x1000 bytes of BAR 0.*move"),
     "before the start": ({"r": register(-4)}, "'r'.*start at 0"),
     "no width": ({"r": register(0, width=0)}, "'r'.*1 to"),
     "large reset": ({"r": register(0, reset=1 << 32)}, "'r'.*reset.*widen"),
@@ -172,10 +193,10 @@ def test_a_base_may_be_incomplete_and_what_is_made_of_it_may_not() -> None:
     with pytest.raises(DeclarationError, match=r"^Half: .*'control'.*no BAR 2"):
 
         class Half(Base):
-            vendor_id, device_id = 1, 2
+            vendor_id, device_id = 7, 2
 
     class Whole(Base):
-        vendor_id, device_id = 1, 2
+        vendor_id, device_id = 7, 2
         bars = {2: Bar(16)}
 
     assert Whole().control == 0
@@ -187,7 +208,7 @@ def test_two_hooks_of_one_name_would_be_one() -> None:
     with pytest.raises(DeclarationError, match=r"Twice: .*'_'.*two.*name"):
 
         class Twice(Device):
-            vendor_id, device_id = 1, 2
+            vendor_id, device_id = 7, 2
             bars = {0: Bar(16)}
             a = register(0, writable=1)
             b = register(4, writable=1)
@@ -201,7 +222,7 @@ def test_two_hooks_of_one_name_would_be_one() -> None:
 
 def test_one_method_may_be_the_hook_of_many_registers() -> None:
     class Both(Device):
-        vendor_id, device_id = 1, 2
+        vendor_id, device_id = 7, 2
         bars = {0: Bar(16)}
         a = register(0, writable=1)
         b = register(4, writable=1)
@@ -225,7 +246,7 @@ def test_a_second_hook_would_replace_the_first() -> None:
 
 def test_a_subclass_cannot_hook_into_its_base_behind_its_back() -> None:
     class Base(Device):
-        vendor_id, device_id = 1, 2
+        vendor_id, device_id = 7, 2
         bars = {0: Bar(16)}
         control = register(0, writable=1)
 
@@ -240,7 +261,7 @@ def test_a_subclass_cannot_hook_into_its_base_behind_its_back() -> None:
 
 def test_defaults_are_a_devices_own() -> None:
     class Listing(Device):
-        vendor_id, device_id = 1, 2
+        vendor_id, device_id = 7, 2
         names = option(["a"], "names", lambda text: text.split(","))
         seen = state(["x"])
 

@@ -220,7 +220,7 @@ def test_the_file_in_the_manual_is_one(tmp_path: Path) -> None:
 
 def test_a_module_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bell_of_mine.py").write_text(
-        "from vfio_user import Device\nclass Bell(Device):\n    vendor_id, device_id = 1, 2\n"
+        "from vfio_user import Device\nclass Bell(Device):\n    vendor_id, device_id = 7, 2\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [one for one in sys.path if one])

@@ -15,7 +15,10 @@ from vfio_user.testing.qemu import QemuError, find_qemu
 from vfio_user.testing.workbench import workbench
 from vfio_user.tools.running import SOCKETS_VARIABLE
 
-FETCH = "scripts/fetch_qemu.py --guest fetches it"
+FETCH = (
+    "scripts/fetch_qemu.py --guest (of the sources) fetches both into .qemu, which is looked for here and above;"
+    " $VFIO_USER_QEMU and $VFIO_USER_GUEST name others"
+)
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -51,11 +54,15 @@ def _work(machine: LinuxMachine, command: str) -> None:
     if command:
         _run(machine, command)
         return
+    failed = False
     for line in _lines(machine):
         try:
             _run(machine, line)
         except click.ClickException as error:
             error.show()
+            failed = True
+    if failed and not sys.stdin.isatty():
+        raise click.ClickException("a line failed")
 
 
 def _run(machine: LinuxMachine, command: str) -> None:

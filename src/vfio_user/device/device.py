@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -11,10 +12,11 @@ from vfio_user.device.declarations import Option, State, check_options, check_st
 from vfio_user.device.doorbells import Doorbells
 from vfio_user.device.flr import FunctionLevelReset
 from vfio_user.device.layout import NO_ID, config_space, irq_counts, msix_of
+from vfio_user.device.posted import PostedWork
 from vfio_user.device.registers import BarRegister, check_hooks, register_files
 from vfio_user.device.saving import Migrator
 from vfio_user.dma.memory import GuestMemory
-from vfio_user.errors import DeclarationError
+from vfio_user.errors import DeclarationError, StreamError, TransitionError
 from vfio_user.fds import OwnedFd, take_signals
 from vfio_user.migration import StreamIdentity
 from vfio_user.migration.states import RUNNING_STATES
@@ -29,6 +31,8 @@ from vfio_user.wire.constants import (
     PciRegion,
     RegionFlags,
 )
+
+logger = logging.getLogger("vfio_user.device")
 
 _ALL = -1
 """As bits: all vectors."""
@@ -81,6 +85,8 @@ class Device(ServerBackend):
     """Where table and pending bits of MSI-X are; None: in a BAR of their own, the first that is free."""
     migration: MigrationFlags = MigrationFlags.STOP_COPY
     """MigrationFlags(0): the device cannot migrate."""
+    workers: ClassVar[bool] = False
+    """Whether other threads :meth:`post` work; without, a connection waits for its client only, which is faster."""
     pre_copy_limit: ClassVar[int] = 1 << 20
     """Bytes of the stream after which ``pre_copy`` is asked no more; bounds what a device takes while resuming."""
     state_version: ClassVar[int] = 1
@@ -127,6 +133,7 @@ class Device(ServerBackend):
             self.__build()
         self.dma = GuestMemory()
         self.__migrator = Migrator(self, self.migration, self.irq.rearm)
+        self.__posted = PostedWork(lambda: self.__migrator.running) if self.workers else None
         self.follow_config()
 
     def __build(self) -> None:
@@ -218,6 +225,16 @@ class Device(ServerBackend):
         else:
             self.__link.defer(work)
 
+    def post(self, work: Callable[[], object]) -> None:
+        """From any thread: have ``work`` done in the thread that serves the client, as hooks are.
+
+        While there is no client, or a migration has the device stopped, it waits. Raises RuntimeError for a device that
+        does not declare ``workers``.
+        """
+        if self.__posted is None:
+            raise RuntimeError(f"{type(self).__name__} has no workers: declare workers = True")
+        self.__posted.post(work)
+
     @property
     def link(self) -> Link | None:
         """What the server offers while a client is connected."""
@@ -260,6 +277,8 @@ class Device(ServerBackend):
     def connected(self, link: Link) -> None:
         self.__link = self.dma.messages = link
         self.__doorbells.watch(link)
+        if self.__posted:
+            self.__posted.watch(link)
 
     def disconnected(self) -> None:
         self.irq.release_fds()
@@ -369,12 +388,20 @@ class Device(ServerBackend):
         self.migration_flags()
         if self.__migrator.running and state not in RUNNING_STATES:
             self.__come_to_rest()
-        self.__migrator.set(state)
+        try:
+            self.__migrator.set(state)
+        except TransitionError as error:
+            logger.warning("%s: %s", type(self).__name__, str(error))  # the client is told an errno only
+            raise
+        if self.__posted:
+            self.__posted.run()
 
     def __come_to_rest(self) -> None:
         """Do what the guest asked for before the device stops; also what that defers: it would come after the stop."""
         link, self.__link = self.__link, None
         try:
+            if self.__posted:
+                self.__posted.run()  # it does not travel
             self.__doorbells.settle()
         finally:
             self.__link = link
@@ -384,7 +411,11 @@ class Device(ServerBackend):
         return self.__migrator.read(data)
 
     def migration_write_data(self, data: memoryview) -> None:
-        self.__migrator.write(data)
+        try:
+            self.__migrator.write(data)
+        except StreamError as error:
+            logger.warning("%s: %s", type(self).__name__, str(error))
+            raise
 
     def migration_data_size(self) -> int:
         self.migration_flags()

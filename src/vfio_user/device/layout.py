@@ -39,9 +39,7 @@ def config_space(
     Raises ValueError for what cannot be carried out.
     """
     _check_types(declaration)
-    for name in ("vendor_id", "device_id"):
-        if getattr(declaration, name) == NO_ID:
-            raise ValueError(f"{name} is not set: give it one (or abstract=True to a class that is a base of others)")
+    _check_ids(declaration)
     bars, capabilities = dict(declaration.bars), list(declaration.capabilities)
     if declaration.msi_vectors:
         capabilities.append(MsiCapability(declaration.msi_vectors, declaration.msi_masking, pending=msi_pending))
@@ -74,6 +72,31 @@ _TYPES: Mapping[str, type | tuple[type, ...]] = {
 """What the attributes of a device class must be."""
 
 
+_BITS = {
+    "vendor_id": 16,
+    "device_id": 16,
+    "subsystem_vendor_id": 16,
+    "subsystem_id": 16,
+    "revision": 8,
+    "class_code": 24,
+}
+_NO_VENDORS = {0: "an empty slot", 1: "a device that is not ready", NO_ID: "no device"}
+"""What these values of the vendor id tell whoever looks for devices."""
+
+
+def _check_ids(declaration: Declaration) -> None:
+    for name in ("vendor_id", "device_id"):
+        if getattr(declaration, name) == NO_ID:
+            remedy = "give it one, and not 0xffff (or abstract=True to a class that is a base of others)"
+            raise ValueError(f"{name} is not set: {remedy}")
+    if meaning := _NO_VENDORS.get(declaration.vendor_id):
+        raise ValueError(f"vendor_id {declaration.vendor_id:#06x} means {meaning}: choose another")
+    for name, bits in _BITS.items():
+        value = getattr(declaration, name)
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"{name} {value:#x} does not fit in {bits} bits")
+
+
 def _check_types(declaration: Declaration) -> None:
     for name, kind in _TYPES.items():
         value = getattr(declaration, name)
@@ -87,7 +110,7 @@ def _check_types(declaration: Declaration) -> None:
             raise ValueError(f"bars: {index!r} is {bar!r}: it must be a Bar(size), by its index, 0 to 5")
     for capability in declaration.capabilities:
         if not isinstance(capability, Capability):
-            raise ValueError(f"capabilities: {capability!r} is no instance of Capability")
+            raise ValueError(f"capabilities: {capability!r} is no instance of Capability: write (PcieEndpoint(),)")
         if isinstance(capability, (MsiCapability, MsixCapability)):
             raise ValueError(f"capabilities: {capability.name!r} comes by {capability.name}_vectors: drop it here")
     if not 0 <= declaration.state_version < 1 << 32:

@@ -19,6 +19,7 @@ To the device's code they are attributes, of type int: ``self.status |= 1``. The
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from vfio_user.device.device import Device
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+_HOOK_OF = "_hook_of_register"
+"""Attribute of a method that was decorated: the register."""
 
 DOORBELL_WIDTHS = (1, 2, 4, 8)
 """Bytes that one access has."""
@@ -72,6 +76,7 @@ class BarRegister:
         return method
 
     def _hook(self, before: Callable[..., Any] | None, method: Hook) -> Hook:
+        setattr(method, _HOOK_OF, self)
         if self.name:
             raise DeclarationError(
                 f"register {self.name!r} is complete in {self._owner}: override its hook, or declare it anew"
@@ -122,14 +127,28 @@ def register(
 
 def check_hooks(cls: type, declared: Iterable[BarRegister]) -> None:
     """Raise ValueError for hooks that no device of this class would have: they are looked up by name."""
+    for name, value in vars(cls).items():
+        if (hooked := getattr(value, _HOOK_OF, None)) is not None and not hooked.name:
+            raise ValueError(f"hook {name!r} takes the place of its register: give it a name of its own")
     methods: dict[str, Callable[..., Any]] = {}
     for one in declared:
         for hook in one.hooks:
             name = hook.__name__
+            _check_signature(one, hook)
             if not callable(getattr(cls, name, None)):
                 raise ValueError(f"register {one.name!r}: its hook {name!r} is no such method: name it otherwise")
             if vars(cls).get(one.name) is one and methods.setdefault(name, hook) is not hook:
                 raise ValueError(f"register {one.name!r}: its hook {name!r} is one of two: give each a name of its own")
+
+
+def _check_signature(one: BarRegister, hook: Callable[..., Any]) -> None:
+    called = "(self)" if hook is one._read else "(self, old, new)"
+    try:
+        inspect.signature(hook).bind(*called.split(","))
+    except TypeError:
+        raise ValueError(
+            f"register {one.name!r}: its hook {hook.__name__!r} is called as {called}: declare it so"
+        ) from None
 
 
 def register_files(
@@ -155,6 +174,8 @@ def _check_place(register: Register, index: int, bars: Mapping[int, Bar], msix: 
     bar = bars.get(index)
     if bar is None:
         raise ValueError(f"{register}: there is no BAR {index}: add it to bars")
+    if register.end > bar.size:
+        raise ValueError(f"{register} reaches past the {bar.size:#x} bytes of BAR {index}: move it or enlarge the BAR")
     if not bar.traps(register.offset, register.width):
         raise ValueError(
             f"{register}: clients that map BAR {index} would bypass it:"

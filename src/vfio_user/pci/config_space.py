@@ -90,6 +90,8 @@ class ConfigSpace:
         self.capabilities = tuple(capabilities)
         for index, bar in self.bars.items():
             _check_bar(index, bar)
+            if bar.bits64 and index + 1 in self.bars:
+                raise ValueError(f"BAR {index} of 64 bits takes index {index + 1}, too: move BAR {index + 1}")
         for capability in self.capabilities:
             capability.check(self.bars)
         self.rom_size = rom_size

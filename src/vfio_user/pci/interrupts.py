@@ -89,7 +89,9 @@ class Interrupts:
         in MSI-X, or what the device has instead. Raises ValueError for a vector that the device does not have.
         """
         if not 0 <= vector < self._vectors:
-            raise ValueError(f"vector {vector}: the device has {self._vectors}")
+            raise ValueError(
+                f"vector {vector}: the device has {self._vectors}: declare msix_vectors, msi_vectors or intx"
+            )
         index = next((i for i in (MSIX, MSI, INTX) if self._lines[i].eventfds), self._messages)
         enabled = max(self._lines[index].eventfds, default=-1) + 1 if index == MSI else 0
         self._lines[index].fire(vector % (enabled or self.counts[index]))
@@ -108,7 +110,7 @@ class Interrupts:
     def assert_(self) -> None:
         """Raise the level of INTx, while its cause stands. Raises ValueError on a device without INTx."""
         if not self.counts[INTX]:
-            raise ValueError("the device has no INTx: give it one vector")
+            raise ValueError("the device has no INTx: declare intx = True")
         if not self._intx.asserted:
             self._set_level(True)
         self._intx.deliver(0)

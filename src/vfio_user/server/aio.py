@@ -82,6 +82,10 @@ class Server:
         """Let the client go, remove the socket. After :meth:`serve_forever` has returned."""
         self._server.close()
 
+    def remove_socket(self) -> None:
+        """Remove the socket file that was made here, if it still is that one: nobody finds this server any more."""
+        self._server.remove_socket()
+
     async def __aenter__(self) -> Server:
         return self
 

@@ -137,6 +137,10 @@ class FakeGuest:
     def write64(self, offset: int, value: int, region: int = PciRegion.BAR0) -> None:
         self.write(offset, value, 8, region)
 
+    def reset(self) -> None:
+        """Reset the device, as the VMM does when its machine is reset."""
+        self.client.reset()
+
     # Interrupts
 
     def assign_interrupts(self, index: int = PciIrq.INTX, count: int | None = None) -> None:

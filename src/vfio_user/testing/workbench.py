@@ -35,6 +35,7 @@ exec pcimem $device/%s "$@"
 """
 _DRIVE = f"""\
 #!/bin/sh
+[ -e /sys/bus/pci/drivers/vfio-pci ] || {{ echo "drive needs an IOMMU: vfio-user guest --iommu" >&2; exit 1; }}
 {_FIRST}
 echo vfio-pci >$device/driver_override
 [ -e $device/driver ] || echo $address >/sys/bus/pci/drivers/vfio-pci/bind

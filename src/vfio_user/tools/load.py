@@ -43,7 +43,7 @@ def _faults_of(name: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         logger.info("%s", name, exc_info=True)
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UsageError(f"{name}: {kind}{error} (-v shows where)") from error
+        raise UsageError(f"{name}: {kind}{error} (vfio-user -v shows where)") from error
 
 
 def load_device(name: str) -> type[Device]:
@@ -54,11 +54,17 @@ def load_device(name: str) -> type[Device]:
     if name in BUILT_IN:
         return built_in(name)
     source, found, class_name = name.rpartition(":")
+    if not found and name.endswith(".py"):
+        raise UsageError(f"{name}: which class of it? Write {name}:Class")
     if not found:
         return _load_entry_point(name)
     with _faults_of(source):
         module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
-    return _checked(getattr(module, class_name, None), f"{source} has no device class {class_name}")
+    there = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Device)]
+    others = ", ".join(sorted({*there} - {"Device"})) or "none"
+    return _checked(
+        getattr(module, class_name, None), f"{source} has no device class {class_name}; there are: {others}"
+    )
 
 
 def _checked(found: object, otherwise: str) -> type[Device]:

@@ -332,7 +332,7 @@ def _ignored() -> set[signal.Signals]:
 def _check_places(specs: Sequence[DeviceSpec]) -> None:
     for spec in specs:
         if (spec.socket_path is None) == (spec.fd is None):
-            raise UsageError(_originating(spec, f"{spec.device} needs one of --socket-path and --fd"))
+            raise UsageError(_originating(spec, f"{spec.device} needs one of --socket-path and --fd (or --run)"))
     twice = [place for place, times in Counter(spec.place for spec in specs).items() if times > 1]
     if twice:
         raise UsageError(f"two devices at {twice[0]}")
