@@ -43,7 +43,7 @@ def test_the_device_in_the_readme_is_the_example() -> None:
     assert block.strip() in (ROOT / "examples/counter.py").read_text()
 
 
-@pytest.mark.parametrize("page", ["docs/first-hour.md", "docs/devices.md", "docs/library.md"])
+@pytest.mark.parametrize("page", ["docs/first-hour.md", "docs/devices.md", "docs/library.md", "docs/migration.md"])
 def test_the_examples_of_the_manual_run(page: str, tmp_path: Path) -> None:
     namespace: dict[str, Any] = {}
     blocks = python_blocks(page)

@@ -1,6 +1,11 @@
-"""The asyncio twins of :class:`vfio_user.Client` and :class:`vfio_user.Server`: the same names, with ``await``."""
+"""The asyncio twins of the blocking classes: the same names, with ``await``.
+
+``Client`` and ``Server`` are those of :mod:`vfio_user`, ``Migration`` and ``LocalDestination`` those of
+:mod:`vfio_user.live`.
+"""
 
 from vfio_user.client.aio import Client
+from vfio_user.live.aio import LocalDestination, Migration
 from vfio_user.server.aio import Server, serve
 
-__all__ = ["Client", "Server", "serve"]
+__all__ = ["Client", "LocalDestination", "Migration", "Server", "serve"]

@@ -1,14 +1,16 @@
-"""``info``, ``read`` and ``write``: a look at what is behind a socket."""
+"""``info``, ``read`` and ``write``: a look at what is behind a socket, or in a file."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import click
 
 from vfio_user.cli.reasons import naming
 from vfio_user.client import Client
+from vfio_user.errors import StreamError
 from vfio_user.tools.info import gather
 from vfio_user.tools.location import Location, parse_assignment
 
@@ -33,15 +35,48 @@ def connect(path: str, timeout: float) -> Client:
         return Client.connect(path, timeout)
 
 
+def open_for_reading(path: str) -> BinaryIO:
+    """The file at ``path``; "-" is stdin, which is left open."""
+    return open(0, "rb", closefd=False) if path == "-" else open(path, "rb")
+
+
 @click.command()
-@socket_argument
+@click.argument("path", metavar="SOCKET|FILE", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @timeout_option
 def info(path: str, as_json: bool, timeout: float) -> None:
-    """Show what is behind SOCKET: version, regions, interrupts, PCI identity, migration."""
+    """Show what is behind SOCKET: version, regions, interrupts, PCI identity, migration.
+
+    Of a FILE that vfio-user save wrote, "-" for stdin: whose state it is, and whether it is sound.
+    """
+    if path == "-" or (Path(path).exists() and not Path(path).is_socket()):
+        _info_of_file(path, as_json)
+        return
     with connect(path, timeout) as client:
         facts = gather(client)
     click.echo(json.dumps(facts) if as_json else "\n".join(_describe(facts)))
+
+
+def _info_of_file(path: str, as_json: bool) -> None:
+    from vfio_user.tools.saved import describe_saved
+
+    with naming("stdin" if path == "-" else path), open_for_reading(path) as file:
+        facts = describe_saved(file)
+    click.echo(json.dumps(facts) if as_json else "\n".join(_describe_saved(facts)))
+    if facts["error"]:
+        raise StreamError(f"{path}: {facts['error']}")
+
+
+def _describe_saved(facts: dict[str, Any]) -> list[str]:
+    device = facts["device"]
+    return [
+        f"saved       format {facts['format']}, by version {facts['package']}",
+        f"device      {device['identity']}",
+        *(f"region      {name:<7}{size:>#12x}" for name, size in device["regions"].items()),
+        *(f"irq         {name:<7}{count:>12}" for name, count in device["irqs"].items()),
+        f"migration   {' '.join(device['migration'])}",
+        f"data        {facts['data_bytes']} bytes, {facts['error'] or 'checksums right'}",
+    ]
 
 
 def _describe(facts: dict[str, Any]) -> list[str]:

@@ -20,7 +20,11 @@ COMMANDS = {
     "demo": "vfio_user.cli.demo:demo",
     "guest": "vfio_user.cli.guest:guest",
     "info": "vfio_user.cli.inspect:info",
+    "migrate": "vfio_user.cli.migrate:migrate",
     "read": "vfio_user.cli.inspect:read",
+    "receive": "vfio_user.cli.migrate:receive",
+    "restore": "vfio_user.cli.migrate:restore",
+    "save": "vfio_user.cli.migrate:save",
     "serve": "vfio_user.cli.serve:serve",
     "write": "vfio_user.cli.inspect:write",
 }

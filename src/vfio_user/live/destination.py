@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Protocol
 
 from vfio_user.client import Client
 from vfio_user.errors import MigrationError, VfioUserError
 from vfio_user.live.memory import MemoryRegion, place
-from vfio_user.live.offer import DeviceOffer, Offer, all_have, check_running
+from vfio_user.live.offer import DeviceOffer, Offer, all_have, check_state
 from vfio_user.wire.constants import DeviceState, MigrationFlags
 
 
@@ -48,7 +49,10 @@ class Destination(Protocol):
         """The devices and the guest run. Raises UnconfirmedError where it is not known whether they do."""
 
     def abort(self) -> None:
-        """Be as before, or at least without memory and interrupts. Raises what kept it from being as before."""
+        """Be as before, or at least without memory and interrupts, and raise what kept it from being as before.
+
+        Raises UnconfirmedError, and changes nothing, where the devices and the guest may run already.
+        """
 
 
 class LocalDestination:
@@ -70,12 +74,15 @@ class LocalDestination:
         self._memory = memory
         self._connect = connect
         self._resume = resume
+        self._started = False
 
     def check(self, offer: Offer) -> None:
         offer.check(Offer(list(map(DeviceOffer.of, self.clients)), [(one.address, one.size) for one in self._memory]))
-        check_running(self.clients, "destination")
+        # A device that was left behind, stopped, takes state as well: so a guest comes back.
+        check_state(self.clients, "destination", DeviceState.RUNNING, DeviceState.STOP)
 
     def begin(self) -> None:
+        self._started = False
         self._all(DeviceState.RESUMING)
 
     def write_memory(self, address: int, data: memoryview) -> None:
@@ -96,18 +103,28 @@ class LocalDestination:
             self._all(DeviceState.RUNNING_P2P)
         self._all(DeviceState.RUNNING)
         self._resume()
+        self._started = True
 
     def abort(self) -> None:
         """A device that cannot be reset is disconnected: what it does then reaches no memory and no interrupt."""
-        failures = []
-        for client in self.clients:
-            try:
-                client.reset()
-            except (VfioUserError, OSError) as error:
-                client.close()
-                failures.append(str(error))
+        if self._started:
+            raise UnconfirmedError("the guest goes on at the destination already")
+        failures: list[str] = []
+        with ExitStack() as devices:  # all of them, whatever comes in between
+            for client in reversed(self.clients):
+                devices.callback(self._reset, client, failures)
         if failures:
             raise MigrationError(f"the destination cannot be reset and was left: {'; '.join(failures)}")
+
+    @staticmethod
+    def _reset(client: Client, failures: list[str]) -> None:
+        try:
+            client.reset()
+        except BaseException as error:
+            client.close()
+            if not isinstance(error, (VfioUserError, OSError)):
+                raise
+            failures.append(str(error))
 
     def _all(self, state: DeviceState) -> None:
         for client in self.clients:

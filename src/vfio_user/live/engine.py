@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 
 from vfio_user.client import Client
 from vfio_user.errors import MigrationError, VfioUserError
@@ -67,17 +69,23 @@ class Migration:
         self._memory = DirtyMemory(memory, PAGE_SIZE, guest_dirty)
         self._pause = pause
         self._resume = resume
-        self._downtime = downtime
-        self._max_rounds = max_rounds
-        self._force = force
+        self.downtime = downtime
+        self.max_rounds = max_rounds
+        self.force = force
         self._bandwidth = bandwidth
         self._paused_at: float | None = None
+        self._sent, self._sending = 0, 0.0  # bytes, and seconds
         self.report = Report()
 
     @property
     def pages_left(self) -> int:
         """Pages that are still to be sent: what a progress display shows while :meth:`run` is at work."""
         return self._memory.pages
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of such a page."""
+        return self._memory.page_size
 
     def run(self) -> Generator[Round, None, None]:
         """Migrate; yields each round as it ends, and leaves the outcome in ``report``. Raises MigrationError.
@@ -88,13 +96,10 @@ class Migration:
         try:
             last = yield from self._steps()
         except BaseException as error:
-            self.report.error = str(error) or type(error).__name__
-            if isinstance(error, UnconfirmedError):
-                self.report.status = Status.UNCONFIRMED
-                raise
-            self._roll_back()
+            self._give_up(error)
             if isinstance(error, (VfioUserError, OSError)):
-                raise MigrationError(f"{self.report.step} failed: {error}") from error
+                kind = UnconfirmedError if self.report.status is Status.UNCONFIRMED else MigrationError
+                raise kind(f"{self.report.step} failed: {error}") from error
             raise
         finally:
             self.report.total = time.monotonic() - started
@@ -128,19 +133,19 @@ class Migration:
         return last
 
     def _rounds(self) -> Iterator[Round]:
-        for _ in range(self._max_rounds):
+        for _ in range(self.max_rounds):
             done = self._round(self._source.read_ahead())
             yield done
-            if done.downtime <= self._downtime:
+            if done.downtime <= self.downtime:
                 return
-        if not self._force:
+        if not self.force:
             raise MigrationError(f"it does not converge: {self._verdict(self.report.rounds[-1])}")
 
     def _verdict(self, done: Round) -> str:
         return (
             f"after {done.number} rounds {done.left} pages are dirty again, {done.dirty_rate:.0f} a second;"
-            f" at {done.bandwidth / 2**20:.1f} MiB/s the switch-over would take {done.downtime * 1000:.0f} ms,"
-            f" {self._downtime * 1000:.0f} ms are allowed"
+            f" at {self._rate / 2**20:.1f} MiB/s the switch-over would take {done.downtime * 1000:.0f} ms,"
+            f" {self.downtime * 1000:.0f} ms are allowed"
         )
 
     def _round(self, device_data: Iterable[tuple[int, memoryview]], *, stopped: bool = False) -> Round:
@@ -148,6 +153,8 @@ class Migration:
         started = time.monotonic()
         memory_bytes, device_bytes = self._send(device_data, started)
         seconds = time.monotonic() - started
+        self._sent += memory_bytes + device_bytes
+        self._sending += seconds
         if not stopped:
             self._memory.collect(self._source.logs)
         done = Round(
@@ -157,7 +164,7 @@ class Migration:
             device_bytes=device_bytes,
             seconds=seconds,
             left=self._memory.pages,
-            downtime=0.0 if stopped else self._time_for_the_rest((memory_bytes + device_bytes) / max(seconds, _TICK)),
+            downtime=0.0 if stopped else self._time_for_the_rest(),
             stopped=stopped,
         )
         self.report.rounds.append(done)
@@ -178,10 +185,15 @@ class Migration:
         self._destination.settle()
         return memory_bytes, device_bytes
 
-    def _time_for_the_rest(self, rate: float) -> float:
-        """Seconds at ``rate`` bytes per second; 0 where nothing has moved yet that would tell."""
+    @property
+    def _rate(self) -> float:
+        """Bytes per second, of all rounds: one in which next to nothing moved tells nothing of the link."""
+        return self._sent / max(self._sending, _TICK)
+
+    def _time_for_the_rest(self) -> float:
+        """Seconds at that rate; 0 where nothing has moved yet that would tell."""
         left = self._memory.pages * self._memory.page_size + self._source.bytes_left()
-        return left / rate if rate else 0.0
+        return left / self._rate if self._sent else 0.0
 
     def _keep_to_bandwidth(self, size: int, started: float) -> None:
         early = started + size / self._bandwidth - time.monotonic()
@@ -194,20 +206,39 @@ class Migration:
         if self._source.logging:
             self._undo("the source, which is not needed any more", self._source.stop_logging)
 
+    def _give_up(self, error: BaseException) -> None:
+        """Roll back, unless the destination may have the guest: then the source must not have it, too."""
+        self.report.error = str(error) or type(error).__name__
+        if isinstance(error, UnconfirmedError):
+            self.report.status = Status.UNCONFIRMED
+        elif self.report.step is not Step.CHECK:
+            self._roll_back()
+
     def _roll_back(self) -> None:
-        """Let the source run on as if nothing had been; each part as far as the peer still answers."""
-        if self.report.step is Step.CHECK:
-            return
-        self._undo("while rolling back", self._destination.abort)
-        self._undo("while rolling back", self._source.run)
-        if self._source.logging:
-            self._undo("while rolling back", self._source.stop_logging)
-        if self._paused_at is not None:
-            self._undo("while rolling back", self._resume)
+        """Let the source run on as if nothing had been; each part as far as the peer still answers.
+
+        Whatever one part raises, another Ctrl-C too, the others are done. A destination that cannot run yet comes
+        last: it may take its time, and the guest stands still.
+        """
+        abort = partial(self._undo, "while rolling back", self._destination.abort)
+        with ExitStack() as parts:
+            if self.report.step is not Step.START:
+                parts.callback(abort)
+            if self._paused_at is not None:
+                parts.callback(self._undo, "while rolling back", self._resume)
+            if self._source.logging:
+                parts.callback(self._undo, "while rolling back", self._source.stop_logging)
+            parts.callback(self._undo, "while rolling back", self._source.run)
+            if self.report.step is Step.START:
+                abort()
+                if self.report.status is Status.UNCONFIRMED:
+                    parts.pop_all()
 
     def _undo(self, when: str, part: Callable[[], None]) -> None:
         try:
             part()
         except (VfioUserError, OSError) as error:
+            if isinstance(error, UnconfirmedError):
+                self.report.status = Status.UNCONFIRMED
             before = f"{self.report.error}; " if self.report.error else ""
             self.report.error = f"{before}{when}: {error}"

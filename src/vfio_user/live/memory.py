@@ -74,9 +74,8 @@ class DirtyMemory:
         What is dirtied meanwhile is found by the next :meth:`collect`: it must come after these pieces were read.
         """
         for region, bits in zip(self.regions, self._dirty, strict=True):
-            pending = bits.copy()
-            bits.setall(False)
-            for first, stop in self._pieces(pending):
+            for first, stop in self._pieces(bits.copy()):
+                bits[first:stop] = False
                 start, end = first * self.page_size, min(stop * self.page_size, region.size)
                 yield region.address + start, region.memory[start:end]
 
@@ -93,6 +92,6 @@ def place(regions: Sequence[MemoryRegion], address: int, size: int) -> memoryvie
     """The memory at [address, address + size). Raises ValueError if that is not inside of one region."""
     for region in regions:
         start = address - region.address
-        if 0 <= start and start + size <= region.size:
+        if start >= 0 and start + size <= region.size:
             return region.memory[start : start + size]
     raise ValueError(f"{size:#x} bytes at {address:#x} are not inside the guest's memory")

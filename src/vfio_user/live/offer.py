@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from vfio_user.client import Client
-from vfio_user.errors import MigrationError
+from vfio_user.errors import CommandError, MigrationError
 from vfio_user.wire.constants import DeviceState, MigrationFlags, PciRegion
 
 IDENTITY = 12
@@ -31,13 +31,17 @@ class DeviceOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, client: Client) -> DeviceOffer:
-        """Ask a device. Raises CommandError for one that cannot migrate."""
+        """Ask a device. Raises MigrationError for one that cannot migrate."""
+        try:
+            flags = client.migration_flags()
+        except CommandError as error:
+            raise MigrationError(f"the device cannot migrate: {error}") from error
         config = client.region_read(PciRegion.CONFIG, 0, IDENTITY)
         return cls(
             identity=f"{config[1::-1].hex()}:{config[3:1:-1].hex()} class {config[11:8:-1].hex()} rev {config[8]:02x}",
             regions=[(region.size, int(region.flags)) for region in client.regions],
             irqs=[irq.count for irq in client.irqs],
-            migration=int(client.migration_flags()),
+            migration=int(flags),
         )
 
 
@@ -68,12 +72,13 @@ def _spans(memory: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"{size:#x} bytes at {address:#x}" for address, size in memory) or "none"
 
 
-def check_running(clients: Sequence[Client], role: str) -> None:
-    """Raise MigrationError unless every device is in RUNNING."""
+def check_state(clients: Sequence[Client], role: str, *allowed: DeviceState) -> None:
+    """Raise MigrationError unless every device is in a state that is ``allowed``."""
     for number, client in enumerate(clients):
         state = client.migration_get_state()
-        if state != DeviceState.RUNNING:
-            raise MigrationError(f"device {number} of the {role} is in state {state.name}, not RUNNING")
+        if state not in allowed:
+            names = " or ".join(one.name for one in allowed)
+            raise MigrationError(f"device {number} of the {role} is in state {state.name}, not {names}")
 
 
 def all_have(clients: Sequence[Client], flag: MigrationFlags) -> bool:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from math import inf
+from operator import methodcaller
 
 from vfio_user.client import Client
-from vfio_user.errors import VfioUserError
 from vfio_user.live.memory import DeviceLog, MemoryRegion
-from vfio_user.live.offer import DeviceOffer, Offer, all_have, check_running
+from vfio_user.live.offer import DeviceOffer, Offer, all_have, check_state
 from vfio_user.wire.constants import PAGE_SIZE, DeviceFeature, DeviceState, MigrationFlags
 
 CHUNK = 1 << 20
 """Bytes of a migration stream that are read at once."""
+AHEAD = 256 << 20
+"""Bytes that one device may send ahead in a round: one that has new data faster than they move would never end it."""
 
 
 class Source:
@@ -20,13 +24,15 @@ class Source:
     def __init__(self, clients: Sequence[Client]) -> None:
         self._clients = clients
         self._ahead: list[int] = []
+        self._p2p = False
         self._buffer = bytearray(CHUNK)
         self.logging = False
 
     def offer(self, memory: Sequence[MemoryRegion]) -> Offer:
         """What there is to move. Raises MigrationError for a device that does not run."""
         offer = Offer(list(map(DeviceOffer.of, self._clients)), [(region.address, region.size) for region in memory])
-        check_running(self._clients, "source")
+        check_state(self._clients, "source", DeviceState.RUNNING)
+        self._p2p = all_have(self._clients, MigrationFlags.P2P)
         return offer
 
     def start_logging(self, memory: Sequence[MemoryRegion]) -> int:
@@ -36,7 +42,7 @@ class Source:
         return max((client.dma_logging_start(PAGE_SIZE, ranges) for client in self._clients), default=PAGE_SIZE)
 
     def stop_logging(self) -> None:
-        self._each(lambda client: client.dma_logging_stop())
+        self._each(methodcaller("dma_logging_stop"))
         self.logging = False
 
     @property
@@ -54,11 +60,11 @@ class Source:
     def read_ahead(self) -> Iterator[tuple[int, memoryview]]:
         """What the running devices have for us now: (number, data), which is valid until the next."""
         for number in self._ahead:
-            yield from self._read(number)
+            yield from self._read(number, AHEAD)
 
     def stop(self) -> None:
         """All stop: first their talk with each other, where every device can keep that apart, then all else."""
-        if all_have(self._clients, MigrationFlags.P2P):
+        if self._p2p:
             for number, client in enumerate(self._clients):
                 ahead = number in self._ahead
                 client.migration_set_state(DeviceState.PRE_COPY_P2P if ahead else DeviceState.RUNNING_P2P)
@@ -77,27 +83,25 @@ class Source:
         )
 
     def run(self) -> None:
-        """All go on as if nothing had been. Raises the first failure, after all were tried."""
-        self._each(lambda client: client.migration_set_state(DeviceState.RUNNING))
+        """All go on as if nothing had been: each answers the others before one of them asks."""
+        states = (DeviceState.RUNNING_P2P, DeviceState.RUNNING) if self._p2p else (DeviceState.RUNNING,)
+        self._each(*(methodcaller("migration_set_state", state) for state in states))
 
     def leave(self) -> None:
         """All stay behind, stopped."""
-        self._each(lambda client: client.migration_set_state(DeviceState.STOP))
+        self._each(methodcaller("migration_set_state", DeviceState.STOP))
 
-    def _read(self, number: int) -> Iterator[tuple[int, memoryview]]:
-        while True:
+    def _read(self, number: int, most: float = inf) -> Iterator[tuple[int, memoryview]]:
+        done, count = 0, CHUNK
+        while count == CHUNK and done < most:
             count = self._clients[number].migration_read_data_into(self._buffer)
             if count:
                 yield number, memoryview(self._buffer)[:count]
-            if count < CHUNK:
-                return
+            done += count
 
-    def _each(self, work: Callable[[Client], object]) -> None:
-        failure: Exception | None = None
-        for client in self._clients:
-            try:
-                work(client)
-            except (VfioUserError, OSError) as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+    def _each(self, *works: Callable[[Client], object]) -> None:
+        """Do each of ``works`` with every device. What one of them raises is raised when all were tried."""
+        with ExitStack() as calls:
+            for work in reversed(works):
+                for client in reversed(self._clients):
+                    calls.callback(work, client)

@@ -25,7 +25,7 @@ from vfio_user.client import Client
 from vfio_user.devices import edu
 from vfio_user.errors import CallTimeoutError, MigrationError, VfioUserError
 from vfio_user.fds import OwnedFd
-from vfio_user.live import LocalDestination, MemoryRegion, Migration, Report, Round, Status
+from vfio_user.live import LocalDestination, MemoryRegion, Migration, Report, Status
 from vfio_user.wire.constants import PAGE_SIZE, IrqSetFlags, PciIrq
 
 BLOCK = edu.BUFFER_SIZE
@@ -219,15 +219,24 @@ class Outcome:
         }
 
 
-def run(data: bytes, *, bandwidth: float, on_round: Callable[[Round], None] = lambda done: None) -> Outcome:
-    """Migrate a device at work over ``data``. What fails is in the outcome's report."""
+def run_to_end(migration: Migration) -> None:
+    """Without a look at its rounds."""
+    for _ in migration.run():
+        pass
+
+
+def run(data: bytes, *, bandwidth: float, follow: Callable[[Migration], None] = run_to_end) -> Outcome:
+    """Migrate a device at work over ``data``. What fails is in the outcome's report.
+
+    ``follow`` runs the migration: who watches its rounds does it there.
+    """
     try:
-        return _set_up_and_migrate(data, bandwidth, on_round)
+        return _set_up_and_migrate(data, bandwidth, follow)
     except (VfioUserError, OSError) as error:
         return Outcome(Report(error=str(error)), [], 0, 0, len(data))
 
 
-def _set_up_and_migrate(data: bytes, bandwidth: float, on_round: Callable[[Round], None]) -> Outcome:
+def _set_up_and_migrate(data: bytes, bandwidth: float, follow: Callable[[Migration], None]) -> Outcome:
     layout = Layout(max(1, -(-len(data) // BLOCK)))
     guest = Guest(layout)
     with ExitStack() as stack:
@@ -237,7 +246,7 @@ def _set_up_and_migrate(data: bytes, bandwidth: float, on_round: Callable[[Round
         source.memory[: len(data)] = data
         source.write(edu.LIVENESS, 0x2026_1122)
         source.write(edu.FACTORIAL, 12)
-        return _migrate(source, destination, guest, layout, data, bandwidth, on_round)
+        return _migrate(source, destination, guest, layout, data, bandwidth, follow)
 
 
 def _migrate(
@@ -247,7 +256,7 @@ def _migrate(
     layout: Layout,
     data: bytes,
     bandwidth: float,
-    on_round: Callable[[Round], None],
+    follow: Callable[[Migration], None],
 ) -> Outcome:
     findings: list[str] = []
     registers: dict[int, int] = {}
@@ -276,8 +285,7 @@ def _migrate(
     )
     guest.start(source)
     try:
-        for done in migration.run():
-            on_round(done)
+        follow(migration)
     except MigrationError:
         return Outcome(migration.report, findings, guest.done, 0, len(data))
     before = guest.done

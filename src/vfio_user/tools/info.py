@@ -63,7 +63,7 @@ def _regions(client: Client) -> list[dict[str, Any]]:
     return [
         {
             "index": region.index,
-            "name": _name(PciRegion, region.index),
+            "name": name_of(PciRegion, region.index),
             "size": region.size,
             "flags": flag_names(region.flags, RegionFlags),
             "mmap_areas": [{"offset": offset, "size": size} for offset, size in region.mmap_areas],
@@ -76,7 +76,7 @@ def _irqs(client: Client) -> list[dict[str, Any]]:
     return [
         {
             "index": index,
-            "name": _name(PciIrq, index),
+            "name": name_of(PciIrq, index),
             "count": irq.count,
             "flags": flag_names(irq.flags, IrqInfoFlags),
         }
@@ -84,7 +84,8 @@ def _irqs(client: Client) -> list[dict[str, Any]]:
     ]
 
 
-def _name(kind: type[PciRegion | PciIrq], index: int) -> str:
+def name_of(kind: type[PciRegion | PciIrq], index: int) -> str:
+    """What a region or an interrupt index is called, in small letters; its number where it has no name."""
     return kind(index).name.lower() if index in set(kind) else str(index)
 
 

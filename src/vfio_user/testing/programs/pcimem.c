@@ -65,6 +65,8 @@ access_(const char *what, uint64_t size)
         errx(2, "%s: r32:OFFSET or w32:OFFSET=VALUE is wanted", what);
     if (bits != 8 && bits != 16 && bits != 32 && bits != 64)
         errx(2, "%s: no access of %u bits", what, bits);
+    if (kind == 'w' && bits < 64 && value >> bits)
+        errx(2, "%s: the value does not fit in %u bits", what, bits);
     if (offset > size || size - offset < bits / 8)
         errx(2, "%s: outside of %" PRIu64 " bytes", what, size);
     if (kind == 'w')
@@ -102,8 +104,8 @@ main(int argc, char **argv)
     uint64_t start;
     void *memory;
 
-    if (argc < 2)
-        errx(2, "which file?");
+    if (argc < 3)
+        errx(2, "FILE r32:OFFSET or w32:OFFSET=VALUE ...");
     file = open(argv[1], O_RDWR | O_SYNC);
     if (file < 0 || fstat(file, &status) < 0)
         err(1, "%s", argv[1]);
