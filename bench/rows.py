@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from bench import lookup
+from bench import live, lookup
 from bench.harness import (
     BenchError,
     CServer,
@@ -25,6 +26,9 @@ from bench.harness import (
     running,
     wait_for_socket,
 )
+
+Contestants = AbstractContextManager[tuple[Callable[[], float], Callable[[], float]]]
+"""Ours and theirs, each a measurement that gives a figure."""
 
 KIB, MIB, GIB, TIB = (1 << shift for shift in (10, 20, 30, 40))
 
@@ -289,6 +293,24 @@ def process_rows() -> list[Row]:
     ]
 
 
+def take_turns(contest: Callable[[Path], Contestants], tools: Tools, effort: Effort) -> Result:
+    with contest(tools.directory) as (ours, theirs):
+        ours(), theirs()
+        return Result(*in_turns(effort.rounds, ours, theirs))
+
+
+def live_rows() -> list[Row]:
+    return [
+        Figure(name, unit, target, partial(take_turns, contest))
+        for name, unit, target, contest in (
+            ("memory rounds / plain socket", "MiB/s", Target(">=", 0.8), lambda folder: live.rounds_of_memory()),
+            ("downtime, 1 MiB and 1,000 pages", "ms", Target("<=", 1.5), live.switch_overs),
+            ("DMA writes of edu, logged / not", "MiB/s", Target(">=", 0.9), live.dma_writes),
+        )
+    ]
+
+
 def rows() -> list[Row]:
     one, two = placements()
-    return [*access_rows(one, two), *bulk_rows(one, two), *report_rows(one), *lookup_rows(), *process_rows()]
+    others = [*report_rows(one), *lookup_rows(), *process_rows(), *live_rows()]
+    return [*access_rows(one, two), *bulk_rows(one, two), *others]

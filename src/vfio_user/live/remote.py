@@ -130,18 +130,20 @@ class RemoteDestination:
 
     def start(self) -> None:
         begin = self._pipe.sent
+        self._may_run = True  # before it is asked: an interrupt may come between any two steps
         with self._working():
             try:
                 self._link.ask(Kind.START, Kind.STARTED)
             except FailedError:
+                self._may_run = False
                 raise
             except (VfioUserError, OSError) as error:
                 if self._pipe.sent - begin < stream.HEADER_SIZE:
-                    raise  # not all of START has left
-                raise self._unconfirmed(error) from error
+                    self._may_run = False  # not all of START has left
+                    raise
+                raise _unconfirmed(error) from error
             except BaseException as error:
-                raise self._unconfirmed(error) from error
-            self._may_run = True
+                raise _unconfirmed(error) from error
             with contextlib.suppress(VfioUserError, OSError):  # it is good news only
                 self._link.send(stream.pack(Kind.END))
         self.close()
@@ -183,10 +185,10 @@ class RemoteDestination:
             self.close()
             raise
 
-    def _unconfirmed(self, error: BaseException) -> UnconfirmedError:
-        self._may_run = True
-        why = str(error) or type(error).__name__
-        return UnconfirmedError(f"the destination was told to start, and whether it did is not known: {why}")
+
+def _unconfirmed(error: BaseException) -> UnconfirmedError:
+    why = str(error) or type(error).__name__
+    return UnconfirmedError(f"the destination was told to start, and whether it did is not known: {why}")
 
 
 @dataclass(slots=True)
