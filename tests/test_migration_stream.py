@@ -61,7 +61,12 @@ def raw_memory(region: int, offset: int, data: bytes, reserved: int = 0) -> byte
 
 
 def raw_end(before: bytes, count: int) -> bytes:
-    return raw_record(END, struct.pack("<QI", count, zlib.crc32(before)))
+    """``before``: the header, and the records, of which the first 16 bytes count."""
+    summed, rest = before[:24], before[24:]
+    while rest:
+        summed += rest[:16]
+        rest = rest[16 + struct.unpack_from("<Q", rest, 8)[0] :]
+    return raw_record(END, struct.pack("<QI", count, zlib.crc32(summed)))
 
 
 def raw_stream(*records: bytes, header: bytes | None = None) -> bytes:

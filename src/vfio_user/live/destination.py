@@ -9,7 +9,7 @@ from typing import Protocol
 from vfio_user.client import Client
 from vfio_user.errors import MigrationError, VfioUserError
 from vfio_user.live.memory import MemoryRegion, place
-from vfio_user.live.offer import DeviceOffer, Offer, all_have, check_state
+from vfio_user.live.offer import DeviceOffer, Offer, check_state
 from vfio_user.wire.constants import DeviceState, MigrationFlags
 
 
@@ -74,10 +74,12 @@ class LocalDestination:
         self._memory = memory
         self._connect = connect
         self._resume = resume
-        self._started = False
+        self._started = self._p2p = False
 
     def check(self, offer: Offer) -> None:
-        offer.check(Offer(list(map(DeviceOffer.of, self.clients)), [(one.address, one.size) for one in self._memory]))
+        own = Offer(list(map(DeviceOffer.of, self.clients)), [(one.address, one.size) for one in self._memory])
+        offer.check(own)
+        self._p2p = own.all_have(MigrationFlags.P2P)
         # A device that was left behind, stopped, takes state as well: so a guest comes back.
         check_state(self.clients, "destination", DeviceState.RUNNING, DeviceState.STOP)
 
@@ -99,7 +101,7 @@ class LocalDestination:
         self._all(DeviceState.STOP)
 
     def start(self) -> None:
-        if all_have(self.clients, MigrationFlags.P2P):
+        if self._p2p:
             self._all(DeviceState.RUNNING_P2P)
         self._all(DeviceState.RUNNING)
         self._resume()

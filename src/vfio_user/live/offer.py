@@ -51,6 +51,10 @@ class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices: list[DeviceOffer]
     memory: list[tuple[int, int]]
 
+    def all_have(self, flag: MigrationFlags) -> bool:
+        """Whether every device has such states."""
+        return all(device.migration & flag for device in self.devices)
+
     def misfits(self, own: Offer) -> Iterator[str]:
         """What of this offer differs from ``own``, a sentence each."""
         if len(self.devices) != len(own.devices):
@@ -79,8 +83,3 @@ def check_state(clients: Sequence[Client], role: str, *allowed: DeviceState) -> 
         if state not in allowed:
             names = " or ".join(one.name for one in allowed)
             raise MigrationError(f"device {number} of the {role} is in state {state.name}, not {names}")
-
-
-def all_have(clients: Sequence[Client], flag: MigrationFlags) -> bool:
-    """Whether every device has such a state."""
-    return all(client.migration_flags() & flag for client in clients)

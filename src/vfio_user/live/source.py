@@ -9,7 +9,7 @@ from operator import methodcaller
 
 from vfio_user.client import Client
 from vfio_user.live.memory import DeviceLog, MemoryRegion
-from vfio_user.live.offer import DeviceOffer, Offer, all_have, check_state
+from vfio_user.live.offer import DeviceOffer, Offer, check_state
 from vfio_user.wire.constants import PAGE_SIZE, DeviceFeature, DeviceState, MigrationFlags
 
 CHUNK = 1 << 20
@@ -32,7 +32,7 @@ class Source:
         """What there is to move. Raises MigrationError for a device that does not run."""
         offer = Offer(list(map(DeviceOffer.of, self._clients)), [(region.address, region.size) for region in memory])
         check_state(self._clients, "source", DeviceState.RUNNING)
-        self._p2p = all_have(self._clients, MigrationFlags.P2P)
+        self._p2p = offer.all_have(MigrationFlags.P2P)
         return offer
 
     def start_logging(self, memory: Sequence[MemoryRegion]) -> int:

@@ -24,7 +24,8 @@ A stream is one header, any number of records, and one END record::
     1           PRE_COPY     any bytes, sent while the device still runs; any number of records
     2           STATE        any bytes; exactly one record in a stream
     3           MEMORY       u32 region, u32 0, u64 offset in the region, then at most 1 MiB of its contents
-    FFFFFFFF    END          u64 number of records before this one, u32 CRC-32 of all bytes before this record
+    FFFFFFFF    END          u64 number of records before this one, u32 CRC-32 of the header and of the first 16 bytes
+                             of each of these records, which have the checksums of all the rest
 
 Nothing may follow END. A stream has at most 2^20 records, END not counted.
 """
@@ -242,9 +243,9 @@ class StreamWriter:
             if kind == RecordKind.END:
                 prefix = _END.pack(self._count, self._crc)
             length = len(prefix) + len(body)
-            head = _RECORD.pack(kind, _record_crc(kind, length, prefix, body), length) + prefix
-            self._crc = zlib.crc32(body, zlib.crc32(head, self._crc))
-            self._parts.append(memoryview(head))
+            head = _RECORD.pack(kind, _record_crc(kind, length, prefix, body), length)
+            self._crc = zlib.crc32(head, self._crc)
+            self._parts.append(memoryview(head + prefix))
             if body:
                 self._parts.append(body)
         return self._parts.popleft()
@@ -348,7 +349,7 @@ def _parse(own: StreamIdentity, limit: int) -> Generator[int, bytearray, LoadedS
                 raise StreamError("the END record belongs to another migration stream")
             return contents.loaded(state_version)
         contents.add(kind, payload)
-        crc = zlib.crc32(payload, zlib.crc32(head, crc))
+        crc = zlib.crc32(head, crc)
         del payload  # the contents have their copy; no second one while the next record comes
     raise StreamError(f"migration stream of more than {MAX_RECORDS} records")
 
