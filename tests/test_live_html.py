@@ -345,3 +345,11 @@ def test_a_browser_draws_it_in_light_and_in_dark(
         f"--blink-settings=preferredColorScheme={scheme}", "--window-size=800,900", f"--screenshot={picture}", page
     )
     assert {curve, card} <= pixels(picture)
+
+
+@pytest.mark.parametrize("largest", [0.0, 5e-324, 2.3e-308, 1e-9, 1.0, 1e300])
+def test_ticks_of_any_size(largest: float) -> None:
+    ticks = nice_ticks(largest)
+    assert ticks[0] == 0
+    assert ticks[-1] >= largest
+    assert ticks == sorted(set(ticks))

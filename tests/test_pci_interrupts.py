@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,12 @@ def pending(irq: Interrupts, index: int = MSIX) -> list[int]:
 
 def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_by_other_tests() -> None:
+    """What they left to the garbage collector must not be closed while descriptors are counted."""
+    gc.collect()
 
 
 @pytest.fixture

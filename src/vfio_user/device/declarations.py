@@ -28,18 +28,26 @@ class State:
         """A value of its own for a device that starts, or is reset."""
         return copy.deepcopy(self.default)
 
-    def restored(self, name: str, value: object) -> object:
-        """What the attribute ``name`` holds for a value of a stream.
+    def check(self, name: str, value: object) -> None:
+        """Raise ValueError unless ``value`` is what a stream may have for the attribute ``name``.
 
-        Raises ValueError for another type than the default's, and for bytes of another length.
+        That is the default's type, and for bytes in place its length.
         """
         if isinstance(self.default, bytearray):
             if not isinstance(value, bytes) or len(value) != len(self.default):
                 raise ValueError(f"{name} is {len(self.default)} bytes")
-            return bytearray(value)
-        if type(value) is not type(self.default):
+        elif type(value) is not type(self.default):
             raise ValueError(f"{name} is of type {type(self.default).__name__}, not {type(value).__name__}")
-        return copy.deepcopy(value)
+
+    def restored(self, name: str, value: object) -> object:
+        """What the attribute ``name`` holds for a value of a stream. Raises ValueError for one that it cannot be."""
+        self.check(name, value)
+        return bytearray(value) if isinstance(value, bytes) and self.in_place else copy.deepcopy(value)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the attribute is bytes that the device changes in place."""
+        return isinstance(self.default, bytearray)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +139,7 @@ def saved_values(declared: Mapping[str, State], device: object) -> dict[str, obj
     """
     values = {name: saved_value(getattr(device, name)) for name in declared}
     for name, one in declared.items():
-        one.restored(name, values[name])
+        one.check(name, values[name])
     return values
 
 

@@ -225,7 +225,7 @@ def nice_ticks(largest: float, least: float = 1, base: int = 1000, most: int = 5
     No step is smaller than ``least``, a power of ten. With a ``base`` of 1024 the power of ten is one of the unit that
     fits: 20 MiB, not 20,000,000 bytes.
     """
-    if not largest > 0:
+    if not largest / most > 0:  # nor so small that a part of it is nothing
         return [0.0, least]
     unit = 1024.0 ** math.floor(math.log(largest, 1024)) if base == 1024 and largest >= 1 else 1.0
     power = max(least / unit, 10.0 ** math.floor(math.log10(largest / most / unit)))
