@@ -10,6 +10,7 @@ import contextlib
 import os
 from itertools import pairwise
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -31,6 +32,8 @@ MASK, UNMASK, TRIGGER = (
     IrqSetFlags.DATA_NONE | action
     for action in (IrqSetFlags.ACTION_MASK, IrqSetFlags.ACTION_UNMASK, IrqSetFlags.ACTION_TRIGGER)
 )
+pytestmark = pytest.mark.timeout(240)
+
 REGISTERS, MEMORY, PORTS, ROM, CONFIG = 0, 2, 4, 6, 7
 INTX, MSI, MSIX = range(3)
 VECTORS = {INTX: 1, MSI: 4, MSIX: 4}
