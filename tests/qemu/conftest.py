@@ -142,16 +142,23 @@ class ServedInThread:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Serve]:
-    """A function that serves a device from a socket in ``folder``, whose path it returns; they stop at the end.
+def servers(folder: Path) -> Iterator[Callable[[ServerBackend], ServedInThread]]:
+    """A function that serves a device from a socket in ``folder``; what it serves stops at the end.
 
     Enter it before the machines: QEMU must be gone before its servers stop.
     """
-    with contextlib.ExitStack() as servers:
+    with contextlib.ExitStack() as stack:
 
-        def start(device: ServerBackend) -> Path:
+        def start(device: ServerBackend) -> ServedInThread:
             served = ServedInThread(device, folder / f"{len(os.listdir(folder))}.sock")
-            servers.callback(served.stop)
-            return served.path
+            stack.callback(served.stop)
+            return served
 
         yield start
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[Serve]:
+    """The same, of which only the path is wanted."""
+    with servers(folder) as start:
+        yield lambda device: start(device).path

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from vfio_user import Device, Server
+from vfio_user import ServerBackend
 from vfio_user.devices.edu import Edu
 from vfio_user.devices.gpio import Gpio
 from vfio_user.devices.ivshmem import Ivshmem
 from vfio_user.testing.qtest import BarLayout, QemuError, QtestMachine
 
-from .conftest import MachineFactory
+from .conftest import MachineFactory, ServedInThread, servers
 
 pytestmark = pytest.mark.qemu
 
@@ -39,36 +37,14 @@ BUFFER = 0x40000
 START, TO_GUEST, DMA_IRQ = 1, 2, 4
 
 
-class Served:
-    """A device behind a socket, served by a thread."""
-
-    def __init__(self, device: Device, path: Path) -> None:
-        self.path = path
-        self._server = Server(device, path)
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._thread.join(TIMEOUT)
-        assert not self._thread.is_alive()
-        self._server.close()
+Serving = Callable[[ServerBackend], ServedInThread]
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[[Device], Served]]:
+def serve(tmp_path: Path) -> Iterator[Serving]:
     """Serves devices; name it before ``machine``, so that the machines are gone before the servers stop."""
-    with contextlib.ExitStack() as servers:
-
-        def start(device: Device) -> Served:
-            served = Served(device, tmp_path / f"{len(os.listdir(tmp_path))}.sock")
-            servers.callback(served.stop)
-            return served
-
+    with servers(tmp_path) as start:
         yield start
-
-
-Serving = Callable[[Device], Served]
 
 
 def edu_machine(serve: Serving, machine: MachineFactory, device: Edu | None = None, **options: object) -> QtestMachine:

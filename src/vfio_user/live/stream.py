@@ -200,9 +200,9 @@ class Record(NamedTuple):
         return printable(bytes(self.payload).decode(errors="replace"))
 
 
-def printable(text: str) -> str:
-    """``text`` in one line without control characters."""
-    return "".join(one if one.isprintable() else "\ufffd" for one in text)
+def printable(text: str, instead: str = "\ufffd") -> str:
+    """``text`` in one line, with ``instead`` for each control character."""
+    return "".join(one if one.isprintable() else instead for one in text)
 
 
 class Codec(NamedTuple):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from vfio_user.live.report import Report, Round, Status
+from vfio_user.live.stream import printable
 
 _SIZES = ("KiB", "MiB", "GiB", "TiB")
 _FULL = 1023.95
@@ -51,7 +52,7 @@ def duration(seconds: float) -> str:
 
 def clean(text: str) -> str:
     """``text``, part of which may be a peer's, in one line and without what would drive a terminal."""
-    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    return " ".join(printable(text, " ").split())
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 from vfio_user.device import Device
 from vfio_user.errors import UsageError, VfioUserError
 from vfio_user.server import Server, ServerBackend
+from vfio_user.tools.interrupts import END_SIGNALS
 from vfio_user.tools.load import make_device
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vfio_user.tools")
 
 MICROSECOND = 1e-6
-END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 REPORT_SIGNAL = signal.SIGUSR1
 PATIENCE = 10.0
 """Seconds that servers have to end: a hook may be at work, but not for ever."""
