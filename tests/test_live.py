@@ -157,6 +157,22 @@ def test_a_callback_that_fails_is_rolled_back(
     expect_source_runs_on(source, destination)
 
 
+def test_a_failure_before_the_destination_is_asked_for_anything_leaves_it_as_it_was(
+    sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, destination = sides
+    destination.write(edu.LIVENESS, 0x77)
+
+    def refuse(*arguments: object) -> int:
+        raise OSError(28, "no room")
+
+    monkeypatch.setattr(source.device, "dma_logging_start", refuse)
+    with pytest.raises(MigrationError, match="logging failed"):
+        list(migration(source, destination).run())
+    assert destination.read(edu.LIVENESS) == ~0x77 & 0xFFFFFFFF
+    assert source.client.migration_get_state() == DeviceState.RUNNING
+
+
 def test_giving_up_between_rounds_is_rolled_back(sides: tuple[Side, Side]) -> None:
     source, destination = sides
     job = migration(source, destination)

@@ -42,12 +42,8 @@ class State:
     def restored(self, name: str, value: object) -> object:
         """What the attribute ``name`` holds for a value of a stream. Raises ValueError for one that it cannot be."""
         self.check(name, value)
-        return bytearray(value) if isinstance(value, bytes) and self.in_place else copy.deepcopy(value)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the attribute is bytes that the device changes in place."""
-        return isinstance(self.default, bytearray)
+        in_place = isinstance(self.default, bytearray)
+        return bytearray(value) if in_place and isinstance(value, bytes) else copy.deepcopy(value)
 
 
 @dataclass(frozen=True, slots=True)

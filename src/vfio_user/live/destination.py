@@ -74,7 +74,7 @@ class LocalDestination:
         self._memory = memory
         self._connect = connect
         self._resume = resume
-        self._started = self._p2p = False
+        self._began = self._started = self._p2p = False
 
     def check(self, offer: Offer) -> None:
         own = Offer(list(map(DeviceOffer.of, self.clients)), [(one.address, one.size) for one in self._memory])
@@ -84,7 +84,7 @@ class LocalDestination:
         check_state(self.clients, "destination", DeviceState.RUNNING, DeviceState.STOP)
 
     def begin(self) -> None:
-        self._started = False
+        self._began, self._started = True, False
         self._all(DeviceState.RESUMING)
 
     def write_memory(self, address: int, data: memoryview) -> None:
@@ -111,6 +111,8 @@ class LocalDestination:
         """A device that cannot be reset is disconnected: what it does then reaches no memory and no interrupt."""
         if self._started:
             raise UnconfirmedError("the guest goes on at the destination already")
+        if not self._began:  # nothing has changed
+            return
         failures: list[str] = []
         with ExitStack() as devices:  # all of them, whatever comes in between
             for client in reversed(self.clients):
