@@ -18,9 +18,9 @@ What a class declares, :class:`Device` turns into config space, regions, interru
 subclass says what the device does, and asks for what is special: ``save``, ``load``, ``pre_copy``, ``quiesce``.
 """
 
-from vfio_user.device.declarations import Option, State, option, state
+from vfio_user.device.declarations import Option, State, option, parse_size, state
 from vfio_user.device.device import Device
 from vfio_user.device.registers import BarRegister, register
 from vfio_user.pci.bars import Bar
 
-__all__ = ["Bar", "BarRegister", "Device", "Option", "State", "option", "register", "state"]
+__all__ = ["Bar", "BarRegister", "Device", "Option", "State", "option", "parse_size", "register", "state"]

@@ -16,6 +16,7 @@ Kind = TypeVar("Kind")
 
 BOOLEANS = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
 """How a boolean option is written."""
+_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,12 @@ def _parse_bool(text: str) -> bool:
         if text.lower() in words:
             return value
     raise ValueError(f"{text!r} is not true or false")
+
+
+def parse_size(text: str) -> int:
+    """Bytes, with K, M, G or T for the powers of 1024: for ``option(..., parse=parse_size)``."""
+    shift = _UNITS.get(text[-1:].upper(), 0)
+    return int(text[:-1] if shift else text, 0) << shift
 
 
 def check_states(declared: Mapping[str, State]) -> None:

@@ -87,7 +87,7 @@ class Device(ServerBackend):
     """MigrationFlags(0): the device cannot migrate."""
     workers: ClassVar[bool] = False
     """Whether other threads :meth:`post` work; without, a connection waits for its client only, which is faster."""
-    pre_copy_limit: ClassVar[int] = 1 << 20
+    pre_copy_limit: int = 1 << 20
     """Bytes of the stream after which ``pre_copy`` is asked no more; bounds what a device takes while resuming."""
     state_version: ClassVar[int] = 1
     """Raise it when state is added: streams of older versions load, those of newer ones are refused."""

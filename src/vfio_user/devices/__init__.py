@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vfio_user.device import Device
 
-BUILT_IN = {"edu": "Edu", "gpio": "Gpio", "ivshmem": "Ivshmem"}
+BUILT_IN = {"edu": "Edu", "gpio": "Gpio", "ivshmem": "Ivshmem", "nvme": "Nvme"}
 """Module of this package, and the class in it."""
 
 

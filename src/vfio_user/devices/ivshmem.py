@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from weakref import WeakValueDictionary
 
-from vfio_user.device import Bar, Device, option, register
+from vfio_user.device import Bar, Device, option, parse_size, register
 from vfio_user.device.files import memory_file
 from vfio_user.fds import OwnedFd, signal_eventfd, take_signals
 from vfio_user.pci.msi import MAX_MSIX_VECTORS
@@ -33,13 +33,6 @@ LOWEST_FREE = -1
 """The id of a member that takes what is left."""
 DATAMATCH = 1
 """KVM_IOEVENTFD_FLAG_DATAMATCH: the eventfd is meant for one value."""
-
-
-def parse_size(text: str) -> int:
-    """Bytes, with K, M or G for the powers of 1024."""
-    units = {"K": 10, "M": 20, "G": 30}
-    shift = units.get(text[-1:].upper(), 0)
-    return int(text[:-1] if shift else text, 0) << shift
 
 
 def _eventfd() -> OwnedFd:

@@ -332,6 +332,19 @@ class GuestMemory:
                 with suppress(BufferError):  # something made from it, an array perhaps, is still in use
                     view.release()
 
+    def window(self, address: int, size: int, write: bool = False) -> memoryview | None:
+        """The guest's memory itself, where it is mapped into this process as one region; None where it is not.
+
+        For hot paths: valid until that region is unmapped, and who writes there has it logged, by ``log.mark``, when
+        all is written.
+        """
+        entry = self._regions.find(address)
+        if entry is None:
+            return None
+        start, length, region = entry
+        offset, view = address - start, region.writable if write else region.readable
+        return view[offset : offset + size] if view is not None and 0 <= size <= length - offset else None
+
     def _spans(self, address: int, size: int, need: int) -> list[tuple[_Region, int, int]]:
         """The (region, offset in it, length) that make up an access, all of them fit for it."""
         if size < 0:

@@ -1,0 +1,473 @@
+"""The NVMe controller as a PCI device: its registers, its life, its migration."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Sequence
+
+from vfio_user.device import Bar, Device, option, parse_size, register, state
+from vfio_user.devices.nvme.admin import AdminCommands
+from vfio_user.devices.nvme.command import Command
+from vfio_user.devices.nvme.constants import (
+    CQE_SIZE,
+    DOORBELLS,
+    NSSR_RESET,
+    SQE_SIZE,
+    VERSION,
+    AsyncEvent,
+    Configuration,
+    ControllerStatus,
+    Feature,
+    Register,
+    Status,
+)
+from vfio_user.devices.nvme.doorbells import HEAD, STRIDE
+from vfio_user.devices.nvme.events import AsyncEvents
+from vfio_user.devices.nvme.execution import MAX_BURST, Executor
+from vfio_user.devices.nvme.features import NAMESPACE_NOTICES, TEMPERATURE, Features
+from vfio_user.devices.nvme.identify import MAX_NAMESPACES, ControllerIdentity
+from vfio_user.devices.nvme.io import IoCommands
+from vfio_user.devices.nvme.keep_alive import KeepAlive
+from vfio_user.devices.nvme.logs import Logs
+from vfio_user.devices.nvme.namespaces import Namespace
+from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
+from vfio_user.devices.nvme.saving import restore, saved
+from vfio_user.devices.nvme.storage import open_storage
+from vfio_user.devices.nvme.storage.base import Storage
+from vfio_user.devices.nvme.storage.memory import MemoryStorage
+from vfio_user.devices.nvme.workers import Workers
+from vfio_user.fds import OwnedFd
+from vfio_user.migration.states import RUNNING_STATES
+from vfio_user.pci import PcieEndpoint, PowerManagement
+from vfio_user.wire.constants import DeviceState, MigrationFlags
+
+logger = logging.getLogger("vfio_user.devices.nvme")
+
+MAX_QUEUES = 64
+"""I/O queue pairs."""
+MAX_QUEUE_SIZE = 1024
+QUIESCE_TIMEOUT = 20.0
+"""Seconds that the storage may take for what is under way when all must stand still."""
+PART = 1 << 20
+"""Bytes of memory that are sent ahead at once."""
+MEMORY = "memory:"
+MEMORY_SIZE = 64 << 20
+
+_READY_TIMEOUT = 60
+"""In units of 500 ms: how long a host waits for CSTS.RDY."""
+_MAX_PAGE_SHIFT = 4
+_MAX_PAGE = 4096 << _MAX_PAGE_SHIFT
+"""Bytes of the largest pages that a host may have."""
+CAPABILITIES = (MAX_QUEUE_SIZE - 1) | _READY_TIMEOUT << 24 | 1 << 36 | 1 << 37 | _MAX_PAGE_SHIFT << 52
+"""Register CAP (3.1.1): resets of the subsystem, the NVM command set; queues need not be contiguous."""
+
+_ALL = 0xFFFF_FFFF
+_ADDRESS = (1 << 64) - (1 << 12)
+_SHUTDOWN = Configuration.SHN
+_UNCHANGEABLE = Configuration.CSS | Configuration.AMS
+_SMART_TEMPERATURE = 1 << 1
+_SET_BY_HOST = 1 << 1 << 48
+"""Origin of a timestamp (5.21.1.14)."""
+
+
+class Nvme(Device):
+    """An NVMe controller with a namespace for each storage that is given: NVM Express 1.4."""
+
+    vendor_id, device_id, class_code = 0x4E58, 0x0001, 0x010802
+    bars = {0: Bar(0x4000, bits64=True)}
+    capabilities = (PowerManagement(), PcieEndpoint())
+    intx = True
+    msi_vectors = 32
+    workers = True
+    migration = MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY
+
+    path = option(
+        MEMORY,
+        "namespace 1, none if empty: a file, a block device, memory:, nbd://HOST/EXPORT, nbd+unix:///?socket=PATH",
+    )
+    more = option("", "namespace 2 and on, likewise, separated by commas")
+    size = option(0, "bytes of a file that is to be made, or of memory; K, M, G, T are understood", parse_size)
+    block_size = option(512, "bytes of a block, 512 or 4096; a host may format it otherwise")
+    read_only = option(False, "whether writes are refused")
+    shared = option(False, "whether other servers may write the same storage at the same time")
+    serial = option("", "what tells this controller from others; by default chosen at random")
+    model = option("vfio-user NVMe", "what the controller calls itself")
+    queues = option(MAX_QUEUES, "I/O queue pairs that a guest may have, at most 64")
+    threads = option(8, "commands that may wait for the storage at the same time")
+
+    cap = register(Register.CAP, width=8, reset=CAPABILITIES)
+    vs = register(Register.VS, reset=VERSION)
+    intms = register(Register.INTMS, strobe=_ALL)
+    intmc = register(Register.INTMC, strobe=_ALL)
+    cc = register(Register.CC, writable=0x00FF_FFF1)
+    csts = register(Register.CSTS, w1c=ControllerStatus.NSSRO)
+    nssr = register(Register.NSSR, strobe=_ALL)
+    aqa = register(Register.AQA, writable=0x0FFF_0FFF)
+    asq = register(Register.ASQ, width=8, writable=_ADDRESS)
+    acq = register(Register.ACQ, width=8, writable=_ADDRESS)
+
+    interrupt_mask = state(0)
+    """What INTMS and INTMC set and clear (3.1.3)."""
+
+    def configure(self) -> None:
+        if not 1 <= self.queues <= MAX_QUEUES:
+            raise ValueError(f"queues={self.queues}: 1 to {MAX_QUEUES} are possible")
+        if self.threads < 1:
+            raise ValueError(f"threads={self.threads}: at least one is needed")
+        self.msix_vectors = self.queues + 1
+        self.namespaces: dict[int, Namespace] = {}
+        serial = self.serial or secrets.token_hex(8).upper()
+        self.identity = ControllerIdentity(self.vendor_id, self.vendor_id, serial, self.model)
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        self.max_queue_size = MAX_QUEUE_SIZE
+        self.interrupt_vectors = self.msix_vectors
+        self.features = Features()
+        self.logs = Logs()
+        self.executor = Executor(self, Workers(self.threads, lambda: self.post(self.executor.land)))
+        self.events = AsyncEvents(self.executor.answer)
+        self.keep_alive = KeepAlive(lambda: self.post(self._abandoned))
+        self.io = IoCommands(self.executor, self.dma, self.namespaces, self.features, self.logs.health)
+        self.executor.handle(AdminCommands(self).handlers, self.io.handlers, self.io.compare_and_write)
+        self._timestamp, self._set_at = 0, time.monotonic()
+        try:
+            for path in filter(None, [self.path, *self.more.split(",")]):
+                self.add_namespace(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give back storages and threads."""
+        self.executor.workers.close()
+        self.keep_alive.stop()
+        for namespace in self.namespaces.values():
+            namespace.storage.close()
+
+    # Namespaces
+
+    def add_namespace(self, storage: Storage | str) -> Namespace:
+        """Attach a storage, or what is at a path, as the namespace with the lowest free NSID; a host that asked for
+        such notices is told. Call it from the thread that serves the client (``post``).
+
+        Raises OSError for a storage that cannot be had, ValueError for one that is no namespace.
+        """
+        number = next((n for n in range(1, MAX_NAMESPACES + 1) if n not in self.namespaces), None)
+        if number is None:
+            raise ValueError(f"there are {MAX_NAMESPACES} namespaces already")
+        if isinstance(storage, str):
+            storage = self._open(storage)
+        identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.identity.qualified_name}#{number}")
+        try:
+            namespace = Namespace(number, storage, self.block_size, identity)
+            if self.executor.enabled:
+                storage.acquire()
+        except BaseException:
+            storage.close()
+            raise
+        self.namespaces[number] = namespace
+        self._changed(number)
+        return namespace
+
+    def remove_namespace(self, number: int) -> None:
+        """Detach a namespace; the host is told as of one that was added. Raises KeyError for one that is not there."""
+        storage = self.namespaces.pop(number).storage
+        self.executor.workers.wait(QUIESCE_TIMEOUT)
+        storage.release()
+        storage.close()
+        self._changed(number)
+
+    def _open(self, path: str) -> Storage:
+        size = self.size or (MEMORY_SIZE if path == MEMORY else None)
+        return open_storage(path, size=size, read_only=self.read_only, shared=self.shared)
+
+    def _changed(self, number: int) -> None:
+        self.logs.changed.add(number)
+        if self.features.get(Feature.ASYNC_EVENT_CONFIGURATION) & NAMESPACE_NOTICES:
+            self.events.add(AsyncEvent.NAMESPACE_ATTRIBUTE_CHANGED)
+            self.executor.send_interrupts()
+
+    # Registers
+
+    @intms.on_read
+    @intmc.on_read
+    def _read_mask(self) -> int:
+        return self.interrupt_mask
+
+    @intms.on_write
+    def _mask(self, old: int, new: int) -> None:
+        self.interrupt_mask |= new
+        self._set_pin()
+
+    @intmc.on_write
+    def _unmask(self, old: int, new: int) -> None:
+        self.interrupt_mask &= ~new
+        for queue in self.executor.completions.values():
+            if queue.pending and new >> queue.vector & 1:
+                self.completed(queue)
+        self._set_pin()
+
+    @cc.on_write
+    def _configure(self, old: int, new: int) -> None:
+        if (old ^ new) & Configuration.EN:
+            (self._enable if new & Configuration.EN else self._disable)()
+        if new & _SHUTDOWN and not old & _SHUTDOWN:
+            self._shut_down()
+
+    @nssr.on_write
+    def _reset_subsystem(self, old: int, new: int) -> None:
+        if new == NSSR_RESET:
+            self.cc = 0
+            self._disable(ControllerStatus.NSSRO)
+
+    def bar_write(self, bar: int, offset: int, data: memoryview) -> None:
+        """A doorbell (3.1.24, 3.1.25): all else of the BAR is registers, or nothing."""
+        queue, which = divmod(offset - DOORBELLS, STRIDE)
+        if bar or queue < 0 or len(data) != 4 or which not in (0, HEAD) or not self.executor.enabled:
+            return
+        if self.executor.ring(queue, int.from_bytes(data, "little"), head=which == HEAD):
+            if which == HEAD and self.irq.asserted:
+                self._set_pin()
+            self.defer(self._work)
+
+    def _work(self) -> None:
+        self.executor.work()
+        self.events.deliver()  # there may be room for a completion now
+        self.executor.send_interrupts()
+
+    def register_names(self, region: int, offset: int, length: int) -> Sequence[str]:
+        queue, which = divmod(offset - DOORBELLS, STRIDE)
+        if region == 0 and 0 <= queue <= self.queues and which in (0, HEAD):
+            return [f"cq{queue}_head" if which else f"sq{queue}_tail"]
+        return super().register_names(region, offset, length)
+
+    # The life of a controller
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of the host's pages: CC.MPS."""
+        return 4096 << (self.cc >> 7 & 0xF)
+
+    def _enable(self) -> None:
+        """CC.EN became 1 (7.6.1): done when a reset before it is."""
+        self.executor.when(self.executor.idle, self._begin)
+
+    def _begin(self) -> None:
+        submissions, completions = (self.aqa & 0xFFF) + 1, (self.aqa >> 16) + 1
+        misaligned = (self.asq | self.acq) & self.page_size - 1
+        if (
+            self.cc & _UNCHANGEABLE
+            or self.cc >> 7 & 0xF > _MAX_PAGE_SHIFT
+            or misaligned
+            or 1 in (submissions, completions)
+        ):
+            self.fatal("it was enabled with a configuration that it does not have")
+            return
+        if not self._acquire():
+            return
+        self.io.page_size = self.page_size
+        ring = Ring(self.dma, [self.acq], completions, CQE_SIZE, completions)
+        queue = CompletionQueue(0, ring, 0, interrupts=True)
+        queue.users = 1
+        ring = Ring(self.dma, [self.asq], submissions, SQE_SIZE, submissions)
+        self.executor.completions[0] = queue
+        self.executor.submissions[0] = SubmissionQueue(0, ring, queue)
+        self.executor.enabled = True
+        self.csts |= ControllerStatus.RDY
+
+    def _disable(self, status: int = 0) -> None:
+        """CC.EN became 0, a controller reset (7.3.2): done when nothing is under way any more."""
+        self.executor.clear()
+        self.events.reset()
+        self.features.reset()
+        self.keep_alive.stop()
+        self.executor.burst = MAX_BURST
+        self.interrupt_mask = 0
+        self._set_pin()
+
+        def reset() -> None:
+            self._release()
+            self.csts = status | self.csts & ControllerStatus.NSSRO
+
+        self.executor.when(self.executor.idle, reset)
+
+    def _shut_down(self) -> None:
+        """The host is about to leave (3.1.5, SHN)."""
+        self.csts = self.csts & ~ControllerStatus.SHST | ControllerStatus.SHST_OCCURRING
+        self.executor.when(self.executor.idle, self._shut_down_now)
+
+    def _shut_down_now(self) -> None:
+        storages = [namespace.storage for namespace in self.namespaces.values()]
+
+        def flush() -> int:
+            for storage in storages:
+                storage.flush()
+            return 0
+
+        def flushed(result: int, error: BaseException | None) -> None:
+            if error is not None:
+                logger.error("what was written is not safe: %s", error)
+            self.csts = self.csts & ~ControllerStatus.SHST | ControllerStatus.SHST_COMPLETE
+
+        self.executor.workers.start(flush, flushed)
+
+    def _acquire(self) -> bool:
+        try:
+            for namespace in self.namespaces.values():
+                namespace.storage.acquire()
+        except OSError as error:
+            self.fatal(f"its storage cannot be had: {error}")
+            return False
+        return True
+
+    def _release(self) -> None:
+        for namespace in self.namespaces.values():
+            try:
+                namespace.storage.release()
+            except OSError as error:
+                logger.error("%s: what was written is not safe: %s", namespace.storage.name, error)
+
+    def _abandoned(self) -> None:
+        if self.executor.enabled and not self.executor.held:
+            self.fatal("the host did not keep it alive")
+
+    def on_reset(self) -> None:
+        self.executor.clear()
+        self.events.reset()
+        self.features.reset()
+        self.keep_alive.stop()
+        self._release()
+        self.executor.held = self.migration_get_state() not in RUNNING_STATES
+
+    # What the executor tells
+
+    def completed(self, queue: CompletionQueue) -> None:
+        self.executor.pin = not self._sends_messages
+        if not queue.interrupts:
+            return
+        if self.executor.pin:
+            self._set_pin()
+        elif self.config.msix_enabled or not self.interrupt_mask >> queue.vector & 1:
+            self.irq.trigger(queue.vector)
+
+    def failed(self, queue: SubmissionQueue, command: Command, status: int) -> None:
+        self.logs.add_error(queue.number, command, status)
+        if status & 0x7FF in (Status.WRITE_FAULT, Status.UNRECOVERED_READ_ERROR):
+            self.logs.health.media_errors += 1
+
+    def fatal(self, reason: str) -> None:
+        """Nothing goes on until the host resets the controller (CSTS.CFS)."""
+        logger.error("the controller failed: %s", reason)
+        self.executor.enabled = False
+        self.csts |= ControllerStatus.CFS
+
+    @property
+    def _sends_messages(self) -> bool:
+        """Whether interrupts are MSI or MSI-X, which a host may have enabled before it listens."""
+        return self.irq.message_signalled or self.config.msix_enabled or self.config.msi_enabled
+
+    def invalid_doorbell(self, event: AsyncEvent) -> None:
+        """A host rang what is not there, or beyond what is."""
+        self.events.add(event)
+
+    def _set_pin(self) -> None:
+        """INTx is asserted as long as there is a completion that the host has not taken (7.5.1)."""
+        queues = self.executor.completions.values()
+        if any(q.pending and q.interrupts and not self.interrupt_mask >> q.vector & 1 for q in queues):
+            if not self._sends_messages:
+                self.irq.assert_()
+        elif self.irq.asserted:
+            self.irq.deassert()
+
+    # What admin commands ask
+
+    @property
+    def timestamp(self) -> int:
+        """Milliseconds and attributes, as GET FEATURES gives them (5.21.1.14)."""
+        elapsed = int((time.monotonic() - self._set_at) * 1000)
+        return (self._timestamp & (1 << 48) - 1) + elapsed & (1 << 48) - 1 | self._timestamp & _SET_BY_HOST
+
+    def set_timestamp(self, milliseconds: int) -> None:
+        self._timestamp, self._set_at = milliseconds | _SET_BY_HOST, time.monotonic()
+
+    def restore_timestamp(self, value: int) -> None:
+        """Go on from what :attr:`timestamp` was elsewhere."""
+        self._timestamp, self._set_at = value, time.monotonic()
+
+    def follow_feature(self, feature: Feature) -> None:
+        """Do what a feature means that was just set, or has come along."""
+        if feature is Feature.ARBITRATION:
+            self.executor.burst = min(1 << (self.features.get(feature) & 7), MAX_BURST)
+        elif feature is Feature.KEEP_ALIVE_TIMER:
+            self.keep_alive.set(self.features.get(feature))
+
+    def check_temperature(self, dword: int) -> None:
+        """The host set a threshold: tell it if that is passed (5.21.1.4)."""
+        wanted = self.features.get(Feature.ASYNC_EVENT_CONFIGURATION) & _SMART_TEMPERATURE
+        if wanted and not dword >> 20 & 3 and dword & 0xFFFF <= TEMPERATURE:
+            self.events.add(AsyncEvent.TEMPERATURE_THRESHOLD)
+
+    # DMA, migration
+
+    def dma_map(self, flags: int, offset: int, address: int, size: int, fd: OwnedFd | None) -> None:
+        self.executor.forget_windows()
+        super().dma_map(flags, offset, address, size, fd)
+
+    def dma_unmap(self, flags: int, address: int, size: int) -> None:
+        self.executor.forget_windows()
+        super().dma_unmap(flags, address, size)
+
+    def quiesce(self) -> None:
+        """Let what is under way end; what waits in the queues is carried out after what asked for this is done."""
+        if not self.executor.idle():
+            self.executor.quiesce(QUIESCE_TIMEOUT)
+            self.defer(self._work)
+
+    def migration_set_state(self, state: DeviceState) -> None:
+        """The storage is ours while the device runs: left to the next when it stops, whole, and taken again."""
+        runs, ran = state in RUNNING_STATES, self.migration_get_state() in RUNNING_STATES
+        self.executor.held = not runs
+        try:
+            for namespace in self.namespaces.values():
+                if runs and not ran:
+                    namespace.storage.acquire()
+                elif ran and not runs and self.executor.enabled:
+                    namespace.storage.flush()
+            super().migration_set_state(state)
+        finally:
+            self._follow_migration()
+
+    def _follow_migration(self) -> None:
+        running = self.migration_get_state() in RUNNING_STATES
+        self.executor.held = not running
+        if not running or not self.executor.enabled:
+            self._release()
+        if running:
+            self.defer(self._work)
+
+    def pre_copy_start(self) -> None:
+        for _, storage in self.carried():
+            storage.mark_all_unsent()
+
+    def pre_copy(self) -> bytes:
+        """The content of memory, which nobody else keeps."""
+        for number, storage in self.carried():
+            if storage.unsent():
+                return number.to_bytes(4, "little") + storage.next_part(PART - 4)
+        return b""
+
+    def save(self) -> dict[str, object]:
+        parts = {str(number): storage.rest() for number, storage in self.carried()}
+        return {"controller": saved(self), "memory": parts}
+
+    def load(self, saved: dict[str, object], pre_copy: Sequence[bytes]) -> None:
+        restore(self, saved, pre_copy)
+
+    def carried(self) -> list[tuple[int, MemoryStorage]]:
+        """The namespaces whose content has to be migrated."""
+        everything = ((number, namespace.storage) for number, namespace in self.namespaces.items())
+        return [(number, storage) for number, storage in everything if isinstance(storage, MemoryStorage)]

@@ -1,0 +1,63 @@
+"""Asynchronous events: what a controller tells without being asked (5.2)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from vfio_user.devices.nvme.command import check
+from vfio_user.devices.nvme.constants import AsyncEvent, LogPage, Status
+from vfio_user.devices.nvme.identify import ASYNC_EVENTS
+
+LOG_PAGES = (LogPage.ERROR_INFORMATION, LogPage.SMART_HEALTH, LogPage.CHANGED_NAMESPACES)
+"""By type of the event: which page has more about it; reading that lets the type be told again (5.2)."""
+
+
+class AsyncEvents:
+    """Requests that wait for an event, and events that wait for a request.
+
+    ``answer(cid, result)`` completes a request; False: there is no room for a completion now, :meth:`deliver` is called
+    again when there is.
+    """
+
+    def __init__(self, answer: Callable[[int, int], bool]) -> None:
+        self._answer = answer
+        self.requests: deque[int] = deque()
+        """Command identifiers."""
+        self.pending: deque[AsyncEvent] = deque()
+        self.masked: set[int] = set()
+        """Types that were told, and whose log page was not read since."""
+
+    def request(self, cid: int) -> None:
+        """A command asks for the next event. Raises CommandError for one too many."""
+        check(len(self.requests) < ASYNC_EVENTS, Status.ASYNC_EVENT_LIMIT_EXCEEDED)
+        self.requests.append(cid)
+
+    def add(self, event: AsyncEvent) -> None:
+        """It happened. What already waits to be told is not told twice."""
+        if event not in self.pending:
+            self.pending.append(event)
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Tell what can be told."""
+        for event in list(self.pending):
+            kind = event & 7
+            if kind in self.masked or not self.requests:
+                continue
+            if not self._answer(self.requests[0], event | LOG_PAGES[kind] << 16):
+                return
+            self.requests.popleft()
+            self.pending.remove(event)
+            self.masked.add(kind)
+
+    def page_read(self, page: LogPage) -> None:
+        """The host read a log page, and with that knows what it was told."""
+        if page in LOG_PAGES:
+            self.masked.discard(LOG_PAGES.index(page))
+            self.deliver()
+
+    def reset(self) -> None:
+        self.requests.clear()
+        self.pending.clear()
+        self.masked.clear()

@@ -1,0 +1,345 @@
+"""Commands on their way: fetched from the queues in turn, carried out here or by workers, completed."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Final, Protocol
+
+from vfio_user.devices.nvme.command import FUSE_MASK, FUSED_FIRST, FUSED_SECOND, Command, CommandError
+from vfio_user.devices.nvme.constants import STATUS_DO_NOT_RETRY, AsyncEvent, IoOpcode, Status
+from vfio_user.devices.nvme.doorbells import DoorbellBuffers, head_of, tail_of
+from vfio_user.devices.nvme.namespaces import Namespace
+from vfio_user.devices.nvme.queues import CompletionQueue, SubmissionQueue
+from vfio_user.devices.nvme.workers import Work, Workers
+
+logger = logging.getLogger("vfio_user.devices.nvme")
+
+MAX_BURST = 64
+"""Commands of one queue before the others have their turn, and before interrupts are sent."""
+MAX_JOBS = 256
+"""Commands that workers have, or will have: further ones wait in their queues."""
+
+
+class Later(Enum):
+    """What a command's handler returns when it completes later."""
+
+    LATER = 0
+
+
+LATER: Final = Later.LATER
+Handler = Callable[[SubmissionQueue, Command], int | Later]
+"""Carries a command out: the result, dword 0 of the completion. Raises CommandError, or what the storage raises."""
+FusedHandler = Callable[[Command, Command], tuple[int, int] | None]
+"""Carries two fused commands out: the status of each; None: they must wait for others."""
+
+
+class Controller(Protocol):
+    """What an executor tells its controller."""
+
+    def completed(self, queue: CompletionQueue) -> None:
+        """There are new completions in a queue."""
+
+    def failed(self, queue: SubmissionQueue, command: Command, status: int) -> None:
+        """A command completed with an error."""
+
+    def fatal(self, reason: str) -> None:
+        """The controller cannot go on."""
+
+    def invalid_doorbell(self, event: AsyncEvent) -> None:
+        """The host rang for a queue that is not there, or with what cannot be."""
+
+
+class Executor:
+    """The queues of a controller, and the commands that are under way.
+
+    All of it belongs to the thread that serves the client; ``workers`` do what has to wait.
+    """
+
+    def __init__(self, controller: Controller, workers: Workers) -> None:
+        self._controller = controller
+        self.workers = workers
+        self._handlers: tuple[Mapping[int, Handler], Mapping[int, Handler]] = ({}, {})
+        self._fused: FusedHandler = lambda first, second: None
+        self._when: list[tuple[Callable[[], bool], Callable[[], None]]] = []
+        self._told: dict[CompletionQueue, None] = {}
+        self._working = False
+        self.submissions: dict[int, SubmissionQueue] = {}
+        self.completions: dict[int, CompletionQueue] = {}
+        self.doorbells: DoorbellBuffers | None = None
+        self.pin = False
+        """Whether interrupts go by a pin: then the host has to ring for every completion that it takes."""
+        self.burst = MAX_BURST
+        self.enabled = False
+        """Whether there is a host that may have commands carried out."""
+        self.held = False
+        """Whether nothing new is to be begun all the same: a migration has the device stand still."""
+
+    def handle(self, admin: Mapping[int, Handler], io: Mapping[int, Handler], fused: FusedHandler) -> None:
+        """Who carries out what, by opcode."""
+        self._handlers, self._fused = (admin, io), fused
+
+    # Fetching
+
+    def work(self) -> None:
+        """Carry out what waits in the queues, as long as there is something and it may be done."""
+        if self._working:  # DMA by messages serves the client meanwhile, who rings
+            return
+        self._working = True
+        try:
+            while self.enabled and not self.held and self._serve_all():
+                pass
+        except OSError as error:
+            self._controller.fatal(f"the memory of a submission queue or of doorbells is gone: {error}")
+        finally:
+            self._working = False
+            self.send_interrupts()
+
+    def _serve_all(self) -> bool:
+        """A burst of every queue in turn (4.13, round robin). False: there is nothing to be done now."""
+        served = [self._serve(queue) for queue in tuple(self.submissions.values())]
+        return any(served)
+
+    def _serve(self, queue: SubmissionQueue) -> bool:
+        """A burst of commands of one queue. False: there is nothing to be done now."""
+        if self.doorbells is not None and queue.number:
+            self._look_at(queue, self.doorbells)
+        room = min(queue.completions.room, MAX_JOBS - len(self.workers))
+        count = min(queue.waiting, room, self.burst)
+        if count <= 0:
+            return False
+        for command in queue.peek(count):
+            if not queue.alive or not self.enabled:
+                break
+            if command.flags & FUSE_MASK:
+                if not self._serve_fused(queue, command):
+                    return False
+                break
+            self._fetched(queue)
+            self._carry_out(queue, command)
+        self.send_interrupts()
+        return True
+
+    @staticmethod
+    def _fetched(queue: SubmissionQueue) -> None:
+        queue.head = (queue.head + 1) % queue.ring.size
+        queue.completions.promised += 1
+
+    def _carry_out(self, queue: SubmissionQueue, command: Command) -> None:
+        try:
+            handler = self._handlers[queue.number > 0].get(command.opcode)
+            if handler is None:
+                raise CommandError(Status.INVALID_OPCODE)
+            if command.cid in queue.busy:
+                raise CommandError(Status.COMMAND_ID_CONFLICT)
+            result = handler(queue, command)
+        except Exception as error:
+            self.refuse(queue, command, error)
+        else:
+            if result is not LATER:
+                self.complete(queue, command.cid, 0, result)
+
+    def _serve_fused(self, queue: SubmissionQueue, first: Command) -> bool:
+        """A command that is one of two (4.10, 6.1.1); False: they must wait.
+
+        They are submitted together: where the second is not there yet it never will.
+        """
+        second = queue.entry(1) if queue.waiting > 1 else None
+        if first.fuse != FUSED_FIRST or second is None or second.fuse != FUSED_SECOND or not queue.number:
+            self._fetched(queue)
+            reserved = first.fuse == FUSE_MASK or not queue.number
+            self.refuse(queue, first, CommandError(Status.INVALID_FIELD if reserved else Status.ABORTED_MISSING_FUSED))
+            return True
+        if queue.completions.room < 2:
+            return False
+        try:
+            statuses = self._fused(first, second)
+        except Exception as error:
+            statuses = status_of(error, first), Status.ABORTED_FAILED_FUSED
+        if statuses is None:
+            return False
+        for command, status in zip((first, second), statuses, strict=True):
+            self._fetched(queue)
+            self._end(queue, command, status)
+        return True
+
+    # Doorbells
+
+    def ring(self, number: int, value: int, *, head: bool) -> bool:
+        """A doorbell register is written: the head of a completion queue, or the tail of a submission queue.
+
+        False where that is nothing to be followed by :meth:`work`.
+        """
+        queue = (self.completions if head else self.submissions).get(number)
+        if queue is None:
+            self._controller.invalid_doorbell(AsyncEvent.INVALID_DOORBELL_REGISTER)
+        elif not (queue.take_head(value) if isinstance(queue, CompletionQueue) else queue.take_tail(value)):
+            self._controller.invalid_doorbell(AsyncEvent.INVALID_DOORBELL_VALUE)
+        else:
+            return True
+        return False
+
+    def _look_at(self, queue: SubmissionQueue, doorbells: DoorbellBuffers) -> None:
+        """How far the host has come with a queue pair; it is to ring for more where there is nothing to do now."""
+        tail = tail_of(queue.number)
+        queue.take_tail(doorbells.read(tail))
+        if not queue.waiting:
+            queue.take_tail(doorbells.look_on(tail, queue.tail))
+        completions = queue.completions
+        head = head_of(completions.number)
+        completions.take_head(doorbells.read(head))
+        if self.pin or (queue.waiting and completions.room <= 0):
+            completions.take_head(doorbells.look_on(head, completions.head))
+
+    # Completing
+
+    def complete(self, queue: SubmissionQueue, cid: int, status: int, result: int = 0) -> None:
+        """Post the completion of a fetched command; ``status`` is the status field without its phase tag."""
+        completions = queue.completions
+        completions.promised -= 1
+        if not queue.alive:
+            return
+        try:
+            completions.post(result, queue.head, queue.number, cid, status)
+        except OSError as error:
+            self._controller.fatal(f"the memory of completion queue {completions.number} is gone: {error}")
+        else:
+            self._told[completions] = None
+
+    def answer(self, cid: int, result: int, status: int = 0) -> bool:
+        """Complete an admin command whose place was not promised; False where there is none."""
+        queue = self.submissions[0]
+        if queue.completions.room <= 0:
+            return False
+        queue.completions.promised += 1
+        self.complete(queue, cid, status, result)
+        return True
+
+    def refuse(self, queue: SubmissionQueue, command: Command, error: Exception) -> None:
+        """Complete a fetched command with what an error comes to."""
+        self._end(queue, command, status_of(error, command), getattr(error, "result", 0))
+
+    def _end(self, queue: SubmissionQueue, command: Command, status: int, result: int = 0) -> None:
+        self.complete(queue, command.cid, status, result)
+        if status and queue.alive:
+            self._controller.failed(queue, command, status)
+
+    def send_interrupts(self) -> None:
+        """Tell of the completions that were posted since it was last called."""
+        while self._told:
+            queue, _ = self._told.popitem()
+            self._controller.completed(queue)
+
+    # What takes longer
+
+    def later(
+        self,
+        queue: SubmissionQueue,
+        command: Command,
+        work: Work,
+        *,
+        namespace: Namespace | None = None,
+        finish: Callable[[], object] | None = None,
+    ) -> Later:
+        """Have a worker do ``work``, then do ``finish`` here if it went well, and complete the command."""
+
+        def landed(result: int, error: BaseException | None) -> None:
+            if namespace is not None:
+                namespace.busy -= 1
+            del queue.busy[command.cid]
+            try:
+                if error is not None:
+                    raise error
+                if finish is not None:
+                    finish()
+            except Exception as problem:
+                self.refuse(queue, command, problem)
+            else:
+                self.complete(queue, command.cid, 0, result)
+
+        if namespace is not None:
+            namespace.busy += 1
+        queue.busy[command.cid] = self.workers.start(work, landed)
+        return LATER
+
+    def abort(self, queue: SubmissionQueue, cid: int) -> bool:
+        """Abort a command that a worker was to have; False where it is too late for that, or there is none."""
+        job = queue.busy.get(cid)
+        if job is None or not self.workers.cancel(job):
+            return False
+        job.landed(0, CommandError(Status.ABORT_REQUESTED, retry=True))
+        return True
+
+    def when(self, condition: Callable[[], bool], action: Callable[[], None]) -> None:
+        """Do ``action`` as soon as ``condition`` holds; it may when a job has landed."""
+        if condition():
+            action()
+        else:
+            self._when.append((condition, action))
+
+    def land(self) -> None:
+        """Complete what workers have done, and go on."""
+        self.workers.land()
+        waiting, self._when = self._when, []
+        for condition, action in waiting:
+            self.when(condition, action)
+        self.work()
+
+    def idle(self) -> bool:
+        """Whether no worker is at anything."""
+        return not self.workers
+
+    def quiesce(self, timeout: float) -> None:
+        """Wait until nothing is under way, and complete that; begin nothing new. Raises OSError(ETIMEDOUT)."""
+        self.workers.wait(timeout)
+        held, self.held = self.held, True
+        try:
+            self.land()
+        finally:
+            self.held = held
+
+    def clear(self) -> None:
+        """Forget all queues: a reset. What is under way elsewhere ends without a completion."""
+        self.enabled = False
+        for queue in self.submissions.values():
+            queue.alive = False
+        self.submissions, self.completions = {}, {}
+        self.doorbells = None
+        self._told.clear()
+        self._when.clear()
+
+    def forget_windows(self) -> None:
+        """The guest's memory is laid out anew."""
+        rings = [queue.ring for queue in self.submissions.values()]
+        rings += [queue.ring for queue in self.completions.values()]
+        for ring in rings:
+            ring.forget_windows()
+
+
+_WRITING = frozenset({IoOpcode.WRITE, IoOpcode.WRITE_ZEROES, IoOpcode.DATASET_MANAGEMENT, IoOpcode.FLUSH})
+_STATUS_OF_ERRNO = {
+    errno.ENOSPC: Status.CAPACITY_EXCEEDED,
+    errno.EDQUOT: Status.CAPACITY_EXCEEDED,
+    errno.EFBIG: Status.CAPACITY_EXCEEDED,
+    errno.EFAULT: Status.DATA_TRANSFER_ERROR,
+    errno.EROFS: Status.NAMESPACE_WRITE_PROTECTED,
+    errno.EPERM: Status.NAMESPACE_WRITE_PROTECTED,
+    errno.EACCES: Status.NAMESPACE_WRITE_PROTECTED,
+}
+_MEDIA = frozenset({errno.EIO, errno.EILSEQ, errno.EBADMSG})
+"""What a disk says of itself; anything else is a storage that is not there, and may be back."""
+
+
+def status_of(error: Exception, command: Command) -> int:
+    """The status field, without its phase tag, of a command that ended with ``error``."""
+    if isinstance(error, CommandError):
+        return error.status | (0 if error.retry else STATUS_DO_NOT_RETRY)
+    if not isinstance(error, OSError):
+        logger.error("command %#x failed", command.opcode, exc_info=error)
+        return Status.INTERNAL_ERROR | STATUS_DO_NOT_RETRY
+    logger.warning("the storage of namespace %d failed: %s", command.nsid, error)
+    if error.errno in _MEDIA:
+        return Status.WRITE_FAULT if command.opcode in _WRITING else Status.UNRECOVERED_READ_ERROR
+    return _STATUS_OF_ERRNO.get(error.errno or 0, Status.NAMESPACE_NOT_READY)

@@ -1,0 +1,89 @@
+"""Features: what a host sets and gets (5.8, 5.21)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vfio_user.devices.nvme.command import CommandError, check
+from vfio_user.devices.nvme.constants import Feature, Status
+
+KELVIN = 273
+TEMPERATURE = KELVIN + 25
+"""Of a disk that has none, in Kelvin."""
+
+CURRENT, DEFAULT, SAVED, CAPABILITIES = range(4)
+"""What GET FEATURES is asked for (5.8, SEL)."""
+_CHANGEABLE, _PER_NAMESPACE = 1 << 2, 1 << 1
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRule:
+    """One feature: the value after a reset, the bits of dword 11 that can be set."""
+
+    default: int
+    settable: int
+    per_namespace: bool = False
+    selector: int = 0
+    """Bits of dword 11 that say which of several values is meant: a vector, a sensor."""
+    allowed: Callable[[int], bool] = lambda value: True
+
+    @property
+    def capabilities(self) -> int:
+        return _CHANGEABLE * (self.settable > 0) | _PER_NAMESPACE * self.per_namespace
+
+
+RULES = {
+    Feature.ARBITRATION: FeatureRule(7, 0xFFFF_FF07),  # no limit to a burst
+    Feature.POWER_MANAGEMENT: FeatureRule(0, 0xFF, allowed=lambda value: not value & 0x1F),  # one power state
+    Feature.TEMPERATURE_THRESHOLD: FeatureRule(0xFFFF, 0xFFFF, selector=0x3F_0000),
+    Feature.ERROR_RECOVERY: FeatureRule(0, 0xFFFF, per_namespace=True),
+    Feature.VOLATILE_WRITE_CACHE: FeatureRule(1, 1),
+    Feature.NUMBER_OF_QUEUES: FeatureRule(0, 0xFFFF_FFFF, allowed=lambda v: v & 0xFFFF != 0xFFFF and v >> 16 != 0xFFFF),
+    Feature.INTERRUPT_COALESCING: FeatureRule(0, 0xFFFF),
+    Feature.INTERRUPT_VECTOR_CONFIGURATION: FeatureRule(0, 0x1_0000, selector=0xFFFF),
+    Feature.WRITE_ATOMICITY_NORMAL: FeatureRule(0, 1),
+    Feature.ASYNC_EVENT_CONFIGURATION: FeatureRule(0, 0x1FF),
+    Feature.KEEP_ALIVE_TIMER: FeatureRule(0, 0xFFFF_FFFF),
+}
+"""Those whose value is dword 11; TIMESTAMP is another kind."""
+
+NAMESPACE_NOTICES = 1 << 8
+"""Of ASYNC_EVENT_CONFIGURATION: tell of changed namespaces."""
+
+
+class Features:
+    """The values of the features: ``values`` has those that were set, by feature and selector."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[int, int], int] = {}
+
+    def get(self, feature: Feature, selector: int = 0) -> int:
+        """The current value, as dword 0 of a completion has it."""
+        return self.values.get((feature, selector), RULES[feature].default)
+
+    def set(self, feature: Feature, dword: int) -> None:
+        """Set what dword 11 of the command says. Raises CommandError for a value that it cannot have."""
+        rule = RULES[feature]
+        check(rule.allowed(dword))
+        self.values[feature, dword & rule.selector] = dword & rule.settable
+
+    def select(self, feature: Feature, select: int, dword: int) -> int:
+        """What GET FEATURES answers to SEL. Raises CommandError for a reserved one."""
+        check(select <= CAPABILITIES)
+        rule = RULES[feature]
+        which = dword & rule.selector
+        if select == CAPABILITIES:
+            return rule.capabilities
+        return (self.get(feature, which) if select == CURRENT else rule.default) | which
+
+    def reset(self) -> None:
+        self.values.clear()
+
+
+def known_feature(number: int) -> Feature:
+    """The feature of this identifier. Raises CommandError for one that is not supported."""
+    try:
+        return Feature(number)
+    except ValueError:
+        raise CommandError(Status.INVALID_FIELD) from None

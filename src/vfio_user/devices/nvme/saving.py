@@ -1,0 +1,255 @@
+"""What of a controller a migration carries, besides its registers: queues, events, features, who it is."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+from msgspec import Meta
+
+from vfio_user.devices.nvme.constants import CQE_SIZE, SQE_SIZE, AsyncEvent, Feature
+from vfio_user.devices.nvme.doorbells import DoorbellBuffers
+from vfio_user.devices.nvme.features import RULES
+from vfio_user.devices.nvme.identify import ASYNC_EVENTS, ControllerIdentity
+from vfio_user.devices.nvme.logs import ErrorEntry, Health
+from vfio_user.devices.nvme.namespaces import BLOCK_SIZES
+from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
+
+if TYPE_CHECKING:
+    from vfio_user.devices.nvme.controller import Nvme
+
+_MAX_QUEUE_SIZE = 4096
+"""Of an admin queue; I/O queues have fewer."""
+U16 = Annotated[int, Meta(ge=0, lt=1 << 16)]
+U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
+U64 = Annotated[int, Meta(ge=0)]  # a stream has no larger ones
+Count = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Text = Annotated[str, Meta(max_length=64)]
+
+
+class SavedRing(msgspec.Struct, forbid_unknown_fields=True):
+    """Where a queue is in guest memory."""
+
+    pieces: Annotated[list[U64], Meta(min_length=1, max_length=_MAX_QUEUE_SIZE)]
+    per_piece: Annotated[int, Meta(ge=1, le=_MAX_QUEUE_SIZE)]
+    size: Annotated[int, Meta(ge=2, le=_MAX_QUEUE_SIZE)]
+
+
+class SavedCompletions(msgspec.Struct, forbid_unknown_fields=True):
+    """A completion queue."""
+
+    number: U16
+    ring: SavedRing
+    vector: U16
+    interrupts: bool
+    head: U16
+    tail: U16
+    phase: Annotated[int, Meta(ge=0, le=1)]
+
+
+class SavedSubmissions(msgspec.Struct, forbid_unknown_fields=True):
+    """A submission queue."""
+
+    number: U16
+    ring: SavedRing
+    completions: U16
+    priority: Annotated[int, Meta(ge=0, le=3)]
+    head: U16
+    tail: U16
+
+
+class SavedNamespace(msgspec.Struct, forbid_unknown_fields=True):
+    """What a namespace is; its blocks are where both sides reach them."""
+
+    number: U32
+    size: Count
+    block_size: U32
+    identity: Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class SavedFeature(msgspec.Struct, forbid_unknown_fields=True):
+    """A feature that was set."""
+
+    feature: Feature
+    selector: U32
+    value: U32
+
+
+class SavedError(msgspec.Struct, forbid_unknown_fields=True):
+    """An entry of the error log: an :class:`~vfio_user.devices.nvme.logs.ErrorEntry`."""
+
+    count: Count
+    queue: U16
+    cid: U16
+    status: Annotated[int, Meta(ge=0, lt=1 << 15)]
+    lba: U64
+    nsid: U32
+
+
+class SavedDoorbells(msgspec.Struct, forbid_unknown_fields=True):
+    """Addresses of the buffers that mirror doorbells."""
+
+    shadow: U64
+    events: U64
+
+
+class SavedController(msgspec.Struct, forbid_unknown_fields=True):
+    """Everything that is not a register."""
+
+    serial: Text
+    model: Text
+    enabled: bool
+    completions: Annotated[list[SavedCompletions], Meta(max_length=1 << 16)]
+    submissions: Annotated[list[SavedSubmissions], Meta(max_length=1 << 16)]
+    doorbells: SavedDoorbells | None
+    features: Annotated[list[SavedFeature], Meta(max_length=1 << 12)]
+    timestamp: U64
+    requests: Annotated[list[U16], Meta(max_length=ASYNC_EVENTS)]
+    pending: Annotated[list[AsyncEvent], Meta(max_length=16)]
+    masked: Annotated[list[Annotated[int, Meta(ge=0, le=2)]], Meta(max_length=3)]
+    errors: Annotated[list[SavedError], Meta(max_length=64)]
+    error_count: Count
+    health: dict[str, Count]
+    changed: Annotated[list[U32], Meta(max_length=1 << 12)]
+    namespaces: Annotated[list[SavedNamespace], Meta(max_length=1 << 10)]
+
+
+class Saved(msgspec.Struct, forbid_unknown_fields=True):
+    """All of it: ``memory`` is the content of namespaces that are memory, by NSID."""
+
+    controller: SavedController
+    memory: dict[str, bytes]
+
+
+def saved(device: Nvme) -> dict[str, object]:
+    """What :func:`restore` makes a controller of the same kind out of."""
+    executor, events, logs = device.executor, device.events, device.logs
+    doorbells = executor.doorbells
+    content = SavedController(
+        serial=device.identity.serial,
+        model=device.identity.model,
+        enabled=executor.enabled,
+        completions=[
+            SavedCompletions(q.number, _saved_ring(q.ring), q.vector, q.interrupts, q.head, q.tail, q.phase)
+            for q in executor.completions.values()
+        ],
+        submissions=[
+            SavedSubmissions(q.number, _saved_ring(q.ring), q.completions.number, q.priority, q.head, q.tail)
+            for q in executor.submissions.values()
+        ],
+        doorbells=None if doorbells is None else SavedDoorbells(doorbells.shadow, doorbells.events),
+        features=[SavedFeature(Feature(f), selector, value) for (f, selector), value in device.features.values.items()],
+        timestamp=device.timestamp,
+        requests=list(events.requests),
+        pending=list(events.pending),
+        masked=sorted(events.masked),
+        errors=[SavedError(e.count, e.queue, e.cid, e.status, e.lba, e.nsid) for e in logs.errors],
+        error_count=logs.error_count,
+        health=msgspec.to_builtins(logs.health),
+        changed=sorted(logs.changed),
+        namespaces=[
+            SavedNamespace(n.number, n.storage.size, n.block_size, n.identity.bytes) for n in device.namespaces.values()
+        ],
+    )
+    return dict(msgspec.to_builtins(content, builtin_types=(bytes,)))
+
+
+def _saved_ring(ring: Ring) -> SavedRing:
+    return SavedRing(list(ring.pieces), ring.per_piece, ring.size)
+
+
+def restore(device: Nvme, fields: dict[str, object], pre_copy: Sequence[bytes]) -> None:
+    """Make ``device`` what :func:`saved` described. Raises ValueError, with nothing changed but memory namespaces."""
+    try:
+        everything = msgspec.convert(fields, Saved)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+    content = everything.controller
+    _check_namespaces(device, content.namespaces)
+    completions = {one.number: _completions(device, one) for one in content.completions}
+    submissions = {one.number: _submissions(device, one, completions) for one in content.submissions}
+    features: dict[tuple[int, int], int] = {(one.feature, one.selector): one.value for one in content.features}
+    health = msgspec.convert(content.health, Health)
+    if content.enabled and not (0 in completions and 0 in submissions):
+        raise ValueError("a controller that is enabled has admin queues")
+    if any(one.feature not in RULES for one in content.features):
+        raise ValueError("a feature that this controller does not have")
+    _restore_memory(device, pre_copy, everything.memory)
+
+    for one in content.namespaces:
+        namespace = device.namespaces[one.number]
+        namespace.identity = uuid.UUID(bytes=one.identity)
+        namespace.format(one.block_size)
+    device.identity = ControllerIdentity(device.vendor_id, device.vendor_id, content.serial, content.model)
+    executor, events, logs = device.executor, device.events, device.logs
+    buffers = content.doorbells
+    doorbells = DoorbellBuffers(device.dma, buffers.shadow, buffers.events) if buffers else None
+    executor.clear()
+    executor.completions, executor.submissions = completions, submissions
+    executor.doorbells = doorbells
+    executor.enabled = content.enabled
+    device.features.values = features
+    for feature in {one.feature for one in content.features}:
+        device.follow_feature(feature)
+    device.restore_timestamp(content.timestamp)
+    device.io.page_size = device.page_size
+    events.requests.clear()
+    events.requests.extend(content.requests)
+    events.pending.clear()
+    events.pending.extend(content.pending)
+    events.masked = set(content.masked)
+    logs.errors.clear()
+    logs.errors.extend(ErrorEntry(e.count, e.queue, e.cid, e.status, e.lba, e.nsid) for e in content.errors)
+    logs.error_count, logs.changed = content.error_count, set(content.changed)
+    device.io.health = logs.health = health
+
+
+def _check_namespaces(device: Nvme, saved: Sequence[SavedNamespace]) -> None:
+    """The namespaces are the same, all but their identity, which comes along."""
+    theirs = {one.number: one.size for one in saved}
+    ours = {number: namespace.storage.size for number, namespace in device.namespaces.items()}
+    if theirs != ours:
+        raise ValueError(f"the namespaces differ (NSID: bytes): {theirs} there, {ours} here")
+    for one in saved:
+        if one.block_size not in BLOCK_SIZES or one.size % one.block_size:
+            raise ValueError(f"namespace {one.number} with blocks of {one.block_size} bytes")
+
+
+def _ring(device: Nvme, one: SavedRing, entry_size: int) -> Ring:
+    if len(one.pieces) != -(-one.size // one.per_piece):
+        raise ValueError(f"a queue of {one.size} entries in {len(one.pieces)} pieces of {one.per_piece}")
+    return Ring(device.dma, one.pieces, one.per_piece, entry_size, one.size)
+
+
+def _completions(device: Nvme, one: SavedCompletions) -> CompletionQueue:
+    if one.number > device.queues or one.vector >= device.interrupt_vectors or max(one.head, one.tail) >= one.ring.size:
+        raise ValueError(f"completion queue {one.number} cannot be as it is said to be")
+    queue = CompletionQueue(one.number, _ring(device, one.ring, CQE_SIZE), one.vector, one.interrupts)
+    queue.head, queue.tail, queue.phase = one.head, one.tail, one.phase
+    return queue
+
+
+def _submissions(device: Nvme, one: SavedSubmissions, completions: dict[int, CompletionQueue]) -> SubmissionQueue:
+    target = completions.get(one.completions)
+    if target is None or one.number > device.queues or max(one.head, one.tail) >= one.ring.size:
+        raise ValueError(f"submission queue {one.number} cannot be as it is said to be")
+    target.users += 1
+    queue = SubmissionQueue(one.number, _ring(device, one.ring, SQE_SIZE), target, one.priority)
+    queue.head, queue.tail = one.head, one.tail
+    return queue
+
+
+def _restore_memory(device: Nvme, pre_copy: Sequence[bytes], rest: dict[str, bytes]) -> None:
+    """The content of namespaces that are memory: what was sent ahead, part by part, then what had changed since."""
+    storages = dict(device.carried())
+    if rest.keys() != {str(number) for number in storages}:
+        raise ValueError(f"memory of namespaces {', '.join(sorted(rest)) or 'none'}")
+    for part in pre_copy:
+        number = int.from_bytes(part[:4], "little")
+        if number not in storages:
+            raise ValueError(f"memory of namespace {number}, which has none")
+        storages[number].apply(part[4:])
+    for key, data in rest.items():
+        storages[int(key)].apply(data)
