@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from vfio_user import DeviceState, Region, ServerBackend
 from vfio_user.errors import TransitionError, UsageError
 from vfio_user.fds import OwnedFd
-from vfio_user.filters import HOOKS, Delay, Error, Filter, ReadOnly, Stats, Trace, Trap, stats, trace
+from vfio_user.filters import HOOKS, Delay, Error, Filter, ReadOnly, Stats, Trace, Trap, trace
 from vfio_user.filters.base import COMMAND_HOOKS
 from vfio_user.server import Quiescing, RegionIoFd
 from vfio_user.testing import no_fd_leaks
@@ -340,39 +338,6 @@ def test_the_report_is_a_table(backend: MigratableBackend) -> None:
     assert [row.split()[:4] for row in rows] == [["region_read", "12", "48", "0"], ["dma_map", "1", "0", "0"]]
     assert len({len(line) for line in (head, *rows)}) == 1
     assert all(re.search(r"(\d[\d.]* (us|ms|s) *){3}$", row) for row in rows)
-
-
-@given(st.lists(st.integers(0, 1 << 70), min_size=1), st.floats(0, 1))
-def test_a_quantile_is_at_most_an_eighth_too_high(durations: list[int], share: float) -> None:
-    histogram = stats.Histogram()
-    for nanoseconds in durations:
-        histogram.add(nanoseconds)
-    (found,) = histogram.quantiles([share])
-    ordered = sorted(durations)
-    exact = next(value for rank, value in enumerate(ordered, 1) if rank >= share * len(ordered))
-    assert histogram.max == ordered[-1]
-    if exact < 1 << 60:
-        assert exact <= found <= exact + exact // 8
-
-
-@given(st.integers(0, 1 << 62))
-def test_buckets_are_in_order_and_hold_what_they_say(duration: int) -> None:
-    bucket = stats._bucket(duration)
-    assert stats._highest(bucket) >= duration
-    assert stats._bucket(stats._highest(bucket)) == bucket
-    assert stats._bucket(stats._highest(bucket) + 1) == bucket + 1
-
-
-def test_a_histogram_of_nothing() -> None:
-    assert stats.Histogram().quantiles([0, 0.5, 1]) == [0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0.00 us"), (4.2e-7, "0.42 us"), (1.234e-5, "12.3 us"), (0.5, "500 ms"), (1.0, "1.00 s"), (75.25, "75.2 s")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert stats.duration(seconds) == text
 
 
 # trace

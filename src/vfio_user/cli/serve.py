@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -90,6 +91,7 @@ def serve(parts: list[dict[str, Any]]) -> None:
         fd_limit = raise_fd_limit()
         service = stack.enter_context(Service(specs, _print_report, handle_signals=True))
         _show_traces(service)
+        stack.enter_context(_activity_shown(service))
         stack.callback(lambda: _print_report(service.report()))
         if command is None:
             _say_how_to_plug(service)
@@ -165,6 +167,30 @@ def _show_traces(service: Service) -> None:
     traces.addHandler(handler)
     traces.setLevel(logging.INFO)
     traces.propagate = False
+
+
+@contextlib.contextmanager
+def _activity_shown(service: Service) -> Iterator[None]:
+    """On a terminal, a line a second for each device whose statistics were asked for and that has something to say."""
+    counted = [one for one in service.devices if any(filter.name == "stats" for filter in one.filters)]
+    if not counted or not sys.stderr.isatty():
+        yield
+        return
+    ended = threading.Event()
+
+    def show() -> None:
+        while not ended.wait(1.0):
+            for built in counted:
+                if line := built.device.activity():
+                    click.echo(f"{type(built.device).__name__}: {line}", err=True)
+
+    thread = threading.Thread(target=show, name="vfio-user activity", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _say_how_to_plug(service: Service) -> None:

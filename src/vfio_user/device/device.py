@@ -216,6 +216,12 @@ class Device(ServerBackend):
         registers = self.registers.get(region)
         return [register.name for register in registers.touched(offset, length)] if registers else ()
 
+    def activity(self) -> str:
+        """How busy the device was since the last call, as a line for people: ``serve --filter stats`` shows one every
+        second on a terminal. Called from any thread. By default there is nothing to say.
+        """
+        return ""
+
     # What a subclass may use
 
     def defer(self, work: Callable[[], None]) -> None:

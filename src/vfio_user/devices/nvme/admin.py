@@ -22,7 +22,7 @@ from vfio_user.devices.nvme.doorbells import DoorbellBuffers
 from vfio_user.devices.nvme.execution import LATER, Handler, Later
 from vfio_user.devices.nvme.features import CURRENT, known_feature
 from vfio_user.devices.nvme.logs import commands_page, firmware_page
-from vfio_user.devices.nvme.namespaces import BLOCK_SIZES, Namespace
+from vfio_user.devices.nvme.namespaces import BLOCK_SIZES, MAX_NAMESPACES, Namespace, active_namespace
 from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
 
 if TYPE_CHECKING:
@@ -81,10 +81,7 @@ class AdminCommands:
         return GuestData(memory, data_ranges(memory, command, length, self._controller.page_size))
 
     def _namespace(self, command: Command) -> Namespace:
-        namespace = self._controller.namespaces.get(command.nsid)
-        if namespace is None:
-            raise CommandError(Status.INVALID_NAMESPACE_OR_FORMAT)
-        return namespace
+        return active_namespace(self._controller.namespaces, command.nsid)
 
     # Queues (5.3 to 5.6)
 
@@ -98,7 +95,7 @@ class AdminCommands:
         if command.cdw11 & CONTIGUOUS:
             return Ring(memory, [command.data1], size, entry_size, size)
         per_page = page_size // entry_size
-        pages = list(prp_list(memory, command.data1, -(-size // per_page), page_size))
+        pages = prp_list(memory, command.data1, -(-size // per_page), page_size)
         return Ring(memory, pages, per_page, entry_size, size)
 
     def _new_number(self, command: Command, taken: Container[int]) -> int:
@@ -159,7 +156,7 @@ class AdminCommands:
         return 0
 
     def _identify_namespace(self, command: Command) -> bytes:
-        check(0 < command.nsid <= identify.MAX_NAMESPACES, Status.INVALID_NAMESPACE_OR_FORMAT)
+        check(0 < command.nsid <= MAX_NAMESPACES, Status.INVALID_NAMESPACE_OR_FORMAT)
         return identify.namespace(self._controller.namespaces.get(command.nsid))
 
     def _list_namespaces(self, command: Command) -> bytes:
@@ -241,7 +238,10 @@ class AdminCommands:
     def _configure_doorbells(self, queue: SubmissionQueue, command: Command) -> int:
         last = self._controller.page_size - 1
         check(not (command.data1 | command.data2) & last and command.data1 != command.data2)
-        self._executor.doorbells = DoorbellBuffers(self._controller.dma, command.data1, command.data2)
+        try:
+            self._executor.mirror(DoorbellBuffers(self._controller.dma, command.data1, command.data2))
+        except OSError as error:
+            raise CommandError(Status.DATA_TRANSFER_ERROR) from error
         return 0
 
     def _format(self, queue: SubmissionQueue, command: Command) -> Later:

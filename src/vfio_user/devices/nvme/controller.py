@@ -28,11 +28,12 @@ from vfio_user.devices.nvme.doorbells import HEAD, STRIDE
 from vfio_user.devices.nvme.events import AsyncEvents
 from vfio_user.devices.nvme.execution import MAX_BURST, Executor
 from vfio_user.devices.nvme.features import NAMESPACE_NOTICES, TEMPERATURE, Features
-from vfio_user.devices.nvme.identify import MAX_NAMESPACES, ControllerIdentity
+from vfio_user.devices.nvme.identify import ControllerIdentity
 from vfio_user.devices.nvme.io import IoCommands
 from vfio_user.devices.nvme.keep_alive import KeepAlive
 from vfio_user.devices.nvme.logs import Logs
-from vfio_user.devices.nvme.namespaces import Namespace
+from vfio_user.devices.nvme.metering import Meter
+from vfio_user.devices.nvme.namespaces import MAX_NAMESPACES, Namespace
 from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
 from vfio_user.devices.nvme.saving import restore, saved
 from vfio_user.devices.nvme.storage import open_storage
@@ -132,7 +133,9 @@ class Nvme(Device):
         self.events = AsyncEvents(self.executor.answer)
         self.keep_alive = KeepAlive(lambda: self.post(self._abandoned))
         self.io = IoCommands(self.executor, self.dma, self.namespaces, self.features, self.logs.health)
-        self.executor.handle(AdminCommands(self).handlers, self.io.handlers, self.io.compare_and_write)
+        self._admin = AdminCommands(self)
+        self.executor.handle(self._admin.handlers, self.io.handlers, self.io.compare_and_write)
+        self._meter: Meter | None = None
         self._timestamp, self._set_at = 0, time.monotonic()
         try:
             for path in filter(None, [self.path, *self.more.split(",")]):
@@ -245,6 +248,14 @@ class Nvme(Device):
             return [f"cq{queue}_head" if which else f"sq{queue}_tail"]
         return super().register_names(region, offset, length)
 
+    def activity(self) -> str:
+        """Commands and bytes a second, latency and depth since the last call; the first one begins to measure."""
+        if self._meter is None:
+            self._meter = Meter(self.io.handlers, lambda: self.logs.health)
+            self.executor.handle(self._admin.handlers, self._meter.handlers, self.io.compare_and_write)
+            self.executor.on_end = self._meter.ended
+        return self._meter.line()
+
     # The life of a controller
 
     @property
@@ -258,13 +269,9 @@ class Nvme(Device):
 
     def _begin(self) -> None:
         submissions, completions = (self.aqa & 0xFFF) + 1, (self.aqa >> 16) + 1
-        misaligned = (self.asq | self.acq) & self.page_size - 1
-        if (
-            self.cc & _UNCHANGEABLE
-            or self.cc >> 7 & 0xF > _MAX_PAGE_SHIFT
-            or misaligned
-            or 1 in (submissions, completions)
-        ):
+        aligned = not (self.asq | self.acq) & self.page_size - 1
+        known = not self.cc & _UNCHANGEABLE and self.page_size <= _MAX_PAGE
+        if not aligned or not known or min(submissions, completions) < 2:
             self.fatal("it was enabled with a configuration that it does not have")
             return
         if not self._acquire():

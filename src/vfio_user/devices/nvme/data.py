@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from functools import reduce
+from operator import or_
 from struct import Struct, unpack
 
 from vfio_user.devices.nvme.command import Command, CommandError, check
@@ -20,6 +21,8 @@ MAX_DESCRIPTORS = 1024
 """SGL descriptors that one command may have, pointers to segments included: also what two segments that point at each
 other come to."""
 
+_TO_HOST = 2
+"""Of an opcode: the direction of its data (figure 106)."""
 _DESCRIPTOR = Struct("<QI3xB")
 _POINTERS = (SglType.SEGMENT, SglType.LAST_SEGMENT)
 
@@ -29,7 +32,8 @@ def data_ranges(memory: GuestMemory, command: Command, length: int, page_size: i
     if not command.flags >> 6:
         return prp_ranges(memory, command.data1, command.data2, length, page_size)
     check(command.sgl != 3)
-    return sgl_ranges(memory, command.data1, command.data2, length)
+    to_host = bool(command.opcode & _TO_HOST)
+    return sgl_ranges(memory, command.data1, command.data2, length, to_host=to_host)
 
 
 def prp_ranges(memory: GuestMemory, prp1: int, prp2: int, length: int, page_size: int) -> Ranges:
@@ -41,40 +45,40 @@ def prp_ranges(memory: GuestMemory, prp1: int, prp2: int, length: int, page_size
     rest = length - first
     if rest <= page_size:
         check(not prp2 & page_size - 1, Status.PRP_OFFSET_INVALID)
-        return _joined([prp1, prp2], first, length, page_size)
-    pages = list(prp_list(memory, prp2, -(-rest // page_size), page_size))
-    return _joined([prp1, *pages], first, length, page_size)
+        pages = [prp2]
+    else:
+        pages = prp_list(memory, prp2, -(-rest // page_size), page_size)
+    return _joined(prp1, first, pages, length, page_size)
 
 
-def prp_list(memory: GuestMemory, pointer: int, count: int, page_size: int) -> Iterator[int]:
+def prp_list(memory: GuestMemory, pointer: int, count: int, page_size: int) -> list[int]:
     """The ``count`` pages that a PRP list at ``pointer`` names, over as many pages as it takes. Raises CommandError.
 
     The last entry of a page of the list points to the next one, which begins at a page's start: so a list that comes
     back to itself still ends.
     """
     check(not pointer & 7, Status.PRP_OFFSET_INVALID)
-    while count:
+    pages: list[int] = []
+    while True:
         room = (page_size - (pointer & page_size - 1)) // 8
-        here = count if count <= room else room - 1
-        read = here + (here < count)
-        pages = list(unpack(f"<{read}Q", memory_of(memory, pointer, 8 * read)))
-        pointer = pages.pop() if here < count else 0
-        for page in (*pages, pointer):
-            check(not page & page_size - 1, Status.PRP_OFFSET_INVALID)
-        yield from pages
-        count -= here
+        missing = count - len(pages)
+        here = min(room, missing)
+        pages += unpack(f"<{here}Q", memory_of(memory, pointer, 8 * here))
+        if here == missing:
+            check(not reduce(or_, pages) & page_size - 1, Status.PRP_OFFSET_INVALID)
+            return pages
+        pointer = pages.pop()
+        check(not pointer & page_size - 1, Status.PRP_OFFSET_INVALID)
 
 
-def _joined(starts: Sequence[int], first: int, length: int, page_size: int) -> Ranges:
-    """Pages as ranges, those that follow each other as one. ``first``: bytes of the first page."""
-    address = starts[0]
-    if starts[-1] - address == length_before_last(first, len(starts), page_size) and all(
-        after - before == page_size for before, after in pairwise(starts[1:])
-    ):
-        return [(address, length)]  # nearly always: guests like their memory in one piece
-    ranges = [(address, first)]
+def _joined(start: int, first: int, pages: Sequence[int], length: int, page_size: int) -> Ranges:
+    """The ``first`` bytes at ``start`` and then whole pages as ranges, those that follow each other as one."""
+    after = start + first
+    if pages == list(range(after, after + len(pages) * page_size, page_size)):
+        return [(start, length)]  # nearly always: guests like their memory in one piece
+    ranges = [(start, first)]
     left = length - first
-    for page in starts[1:]:
+    for page in pages:
         size = min(page_size, left)
         address, before = ranges[-1]
         if address + before == page:
@@ -85,19 +89,17 @@ def _joined(starts: Sequence[int], first: int, length: int, page_size: int) -> R
     return ranges
 
 
-def length_before_last(first: int, pages: int, page_size: int) -> int:
-    """Bytes before the last of ``pages`` pages, the first of which has ``first`` bytes."""
-    return first + (pages - 2) * page_size
+def sgl_ranges(memory: GuestMemory, low: int, high: int, length: int, *, to_host: bool) -> Ranges:
+    """What an SGL whose first descriptor is ``low`` and ``high`` describes, cut to ``length``. Raises CommandError.
 
-
-def sgl_ranges(memory: GuestMemory, low: int, high: int, length: int) -> Ranges:
-    """What an SGL whose first descriptor is ``low`` and ``high`` describes, cut to ``length``. Raises CommandError."""
+    A bit bucket takes data on its way to the host; of data from there it has none (figure 115).
+    """
     ranges: Ranges = []
     left = length
     for address, size in _blocks(memory, low.to_bytes(8, "little") + high.to_bytes(8, "little")):
         if not left:
             break
-        if size:
+        if size and (to_host or address != BIT_BUCKET):
             ranges.append((address, min(size, left)))
             left -= min(size, left)
     check(not left, Status.DATA_SGL_LENGTH_INVALID)
@@ -170,7 +172,6 @@ class GuestData:
 
     def read(self) -> bytes:
         """All of it. Raises CommandError where the guest has no such memory."""
-        check(all(address != BIT_BUCKET for address, _ in self._ranges), Status.SGL_TYPE_INVALID)
         return b"".join(memory_of(self._memory, address, length) for address, length in self._ranges)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:

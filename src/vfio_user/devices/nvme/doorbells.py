@@ -29,6 +29,10 @@ class DoorbellBuffers:
         """The doorbell at ``offset``. Raises OSError."""
         return int.from_bytes(self._memory.read(self.shadow + offset, 4), "little")
 
+    def write(self, offset: int, value: int) -> None:
+        """Set the doorbell at ``offset``, which the host does not use yet. Raises OSError."""
+        self._memory.write(self.shadow + offset, value.to_bytes(4, "little"))
+
     def look_on(self, offset: int, value: int) -> int:
         """Have the host ring for real when it passes ``value``; what the doorbell says after that. Raises OSError."""
         self._memory.write(self.events + offset, value.to_bytes(4, "little"))

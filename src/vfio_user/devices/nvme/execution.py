@@ -69,6 +69,8 @@ class Executor:
         self.submissions: dict[int, SubmissionQueue] = {}
         self.completions: dict[int, CompletionQueue] = {}
         self.doorbells: DoorbellBuffers | None = None
+        self.on_end: Callable[[SubmissionQueue, int], None] | None = None
+        """Hears of every command that is completed."""
         self.pin = False
         """Whether interrupts go by a pin: then the host has to ring for every completion that it takes."""
         self.burst = MAX_BURST
@@ -181,6 +183,16 @@ class Executor:
             return True
         return False
 
+    def mirror(self, doorbells: DoorbellBuffers) -> None:
+        """The host writes doorbells into memory from now on; those of queues that exist already go on from where they
+        are, whatever is in that memory. Raises OSError.
+        """
+        for number, queue in self.submissions.items():
+            if number:
+                doorbells.write(tail_of(number), queue.tail)
+                doorbells.write(head_of(queue.completions.number), queue.completions.head)
+        self.doorbells = doorbells
+
     def _look_at(self, queue: SubmissionQueue, doorbells: DoorbellBuffers) -> None:
         """How far the host has come with a queue pair; it is to ring for more where there is nothing to do now."""
         tail = tail_of(queue.number)
@@ -199,6 +211,8 @@ class Executor:
         """Post the completion of a fetched command; ``status`` is the status field without its phase tag."""
         completions = queue.completions
         completions.promised -= 1
+        if self.on_end is not None:
+            self.on_end(queue, cid)
         if not queue.alive:
             return
         try:

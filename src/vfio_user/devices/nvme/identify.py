@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vfio_user import __version__
 from vfio_user.devices.nvme.constants import CQE_SIZE, SQE_SIZE, VERSION
 from vfio_user.devices.nvme.features import TEMPERATURE
-from vfio_user.devices.nvme.namespaces import BLOCK_SIZES, Namespace
+from vfio_user.devices.nvme.namespaces import BLOCK_SIZES, MAX_NAMESPACES, Namespace
 
 SIZE = 4096
 
@@ -17,7 +17,6 @@ MAX_DATA_SHIFT = 8
 """MDTS: a command moves at most 2**8 pages of 4 KiB."""
 MAX_DATA = 4096 << MAX_DATA_SHIFT
 
-MAX_NAMESPACES = 256
 ERROR_LOG_ENTRIES = 64
 ASYNC_EVENTS = 8
 """Asynchronous event requests that may wait."""

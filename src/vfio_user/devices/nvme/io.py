@@ -12,7 +12,7 @@ from vfio_user.devices.nvme.execution import Executor, Handler, Later
 from vfio_user.devices.nvme.features import Features
 from vfio_user.devices.nvme.identify import COMPARE_WRITE_BLOCKS, MAX_DATA
 from vfio_user.devices.nvme.logs import Health
-from vfio_user.devices.nvme.namespaces import Namespace
+from vfio_user.devices.nvme.namespaces import Namespace, active_namespace
 from vfio_user.devices.nvme.queues import SubmissionQueue
 from vfio_user.devices.nvme.storage.base import Storage, Views
 from vfio_user.dma.memory import GuestMemory
@@ -58,9 +58,7 @@ class IoCommands:
     # What commands say
 
     def _namespace(self, command: Command) -> Namespace:
-        namespace = self._namespaces.get(command.nsid)
-        if namespace is None:
-            raise CommandError(Status.INVALID_NAMESPACE_OR_FORMAT)
+        namespace = active_namespace(self._namespaces, command.nsid)
         if namespace.formatting:
             raise CommandError(Status.FORMAT_IN_PROGRESS, retry=True)
         return namespace

@@ -52,7 +52,7 @@ class Health:
     bytes_written: int = 0
     reads: int = 0
     writes: int = 0
-    busy_seconds: float = 0.0
+    busy_minutes: int = 0
     power_cycles: int = 1
     unsafe_shutdowns: int = 0
     media_errors: int = 0
@@ -87,7 +87,7 @@ class Logs:
             48: -(-health.bytes_written // _DATA_UNIT),
             64: health.reads,
             80: health.writes,
-            96: int(health.busy_seconds // 60),
+            96: health.busy_minutes,
             112: health.power_cycles,
             144: health.unsafe_shutdowns,
             160: health.media_errors,

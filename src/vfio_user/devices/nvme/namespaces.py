@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 
-from vfio_user.devices.nvme.command import CommandError
+from vfio_user.devices.nvme.command import CommandError, check
 from vfio_user.devices.nvme.constants import Status
 from vfio_user.devices.nvme.storage.base import Storage
 
 BLOCK_SIZES = (512, 4096)
 """Bytes of a block that FORMAT NVM offers, by the number of the LBA format."""
+
+
+MAX_NAMESPACES = 256
+"""NN: the highest NSID that there may be."""
 
 
 class Namespace:
@@ -38,3 +43,12 @@ class Namespace:
         if start + count > self.blocks:
             raise CommandError(Status.LBA_OUT_OF_RANGE)
         return start * self.block_size, count * self.block_size
+
+
+def active_namespace(namespaces: Mapping[int, Namespace], number: int) -> Namespace:
+    """The namespace of that NSID. Raises CommandError: there is none now, or there never is (6.1.5)."""
+    namespace = namespaces.get(number)
+    if namespace is None:
+        check(0 < number <= MAX_NAMESPACES, Status.INVALID_NAMESPACE_OR_FORMAT)
+        raise CommandError(Status.INVALID_FIELD)
+    return namespace

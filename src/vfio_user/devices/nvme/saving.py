@@ -25,7 +25,7 @@ _MAX_QUEUE_SIZE = 4096
 U16 = Annotated[int, Meta(ge=0, lt=1 << 16)]
 U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
 U64 = Annotated[int, Meta(ge=0)]  # a stream has no larger ones
-Count = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Text = Annotated[str, Meta(max_length=64)]
 
 
@@ -111,7 +111,7 @@ class SavedController(msgspec.Struct, forbid_unknown_fields=True):
     masked: Annotated[list[Annotated[int, Meta(ge=0, le=2)]], Meta(max_length=3)]
     errors: Annotated[list[SavedError], Meta(max_length=64)]
     error_count: Count
-    health: dict[str, Count]
+    health: Health
     changed: Annotated[list[U32], Meta(max_length=1 << 12)]
     namespaces: Annotated[list[SavedNamespace], Meta(max_length=1 << 10)]
 
@@ -147,7 +147,7 @@ def saved(device: Nvme) -> dict[str, object]:
         masked=sorted(events.masked),
         errors=[SavedError(e.count, e.queue, e.cid, e.status, e.lba, e.nsid) for e in logs.errors],
         error_count=logs.error_count,
-        health=msgspec.to_builtins(logs.health),
+        health=logs.health,
         changed=sorted(logs.changed),
         namespaces=[
             SavedNamespace(n.number, n.storage.size, n.block_size, n.identity.bytes) for n in device.namespaces.values()
@@ -171,7 +171,6 @@ def restore(device: Nvme, fields: dict[str, object], pre_copy: Sequence[bytes]) 
     completions = {one.number: _completions(device, one) for one in content.completions}
     submissions = {one.number: _submissions(device, one, completions) for one in content.submissions}
     features: dict[tuple[int, int], int] = {(one.feature, one.selector): one.value for one in content.features}
-    health = msgspec.convert(content.health, Health)
     if content.enabled and not (0 in completions and 0 in submissions):
         raise ValueError("a controller that is enabled has admin queues")
     if any(one.feature not in RULES for one in content.features):
@@ -203,7 +202,7 @@ def restore(device: Nvme, fields: dict[str, object], pre_copy: Sequence[bytes]) 
     logs.errors.clear()
     logs.errors.extend(ErrorEntry(e.count, e.queue, e.cid, e.status, e.lba, e.nsid) for e in content.errors)
     logs.error_count, logs.changed = content.error_count, set(content.changed)
-    device.io.health = logs.health = health
+    device.io.health = logs.health = content.health
 
 
 def _check_namespaces(device: Nvme, saved: Sequence[SavedNamespace]) -> None:

@@ -20,8 +20,8 @@ GOODBYE_TIMEOUT = 1.0
 class Connections:
     """Lends connections, and makes more with ``connect(deadline)`` when all are lent.
 
-    ``first`` is one of them. Deadlines are of time.monotonic(). Raises OSError: what ``connect`` raises; ETIMEDOUT where
-    all are lent until the deadline; EBADF once it is closed.
+    ``first`` is one of them. Deadlines are of time.monotonic(). Raises OSError: what ``connect`` raises; ETIMEDOUT
+    where all are lent until the deadline; EBADF once it is closed.
     """
 
     def __init__(self, connect: Callable[[float], Connection], first: Connection) -> None:
@@ -78,13 +78,15 @@ class Connections:
 
     def _give_back(self, connection: Connection) -> None:
         with self._changed:
-            if connection.alive and not self._closed:
-                self._idle.append(connection)
-            else:
-                connection.close()
-                self._open -= 1
-                self._forget_idle()  # a server that is gone for one is gone for all
+            alive = connection.alive
+            self._idle.append(connection)
+            if self._closed or not alive:  # a server that is gone for one is gone for all
+                self._close_idle()
             self._changed.notify_all()
+
+    def _close_idle(self) -> None:
+        for connection in self._forget_idle():
+            connection.close()
 
     def _forget_idle(self) -> list[Connection]:
         idle, self._idle = self._idle, []
@@ -102,8 +104,7 @@ class Connections:
         """End, without waiting for anyone: those that are lent end when they come back."""
         with self._changed:
             self._closed = True
-            for connection in self._forget_idle():
-                connection.close()
+            self._close_idle()
             self._changed.notify_all()
 
 

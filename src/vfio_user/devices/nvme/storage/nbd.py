@@ -21,6 +21,8 @@ from vfio_user.devices.nvme.storage.libnbd import FAST_ZERO, LONGEST, NO_HOLE, C
 TIMEOUT = 20.0
 """Seconds for a command, reconnecting included: less than the 30 after which Linux gives one up."""
 ZEROS = memoryview(bytearray(1 << 20))
+GRANULE = 64 << 10
+"""Bytes of a qcow2 image's cluster, unless asked for another: of less it gives no room back."""
 NOT_FAST = {errno.EOPNOTSUPP, errno.ENOTSUP}
 
 logger = logging.getLogger(__name__)
@@ -73,8 +75,8 @@ class NbdStorage:
     def acquire(self) -> None:
         with self._flushing:
             if not self._acquired:
-                with self._connections.one(self._deadline()):
-                    """The server is there."""
+                with self._connections.one(self._deadline()):  # the server is there
+                    pass
                 if not (self._export.can_flush or self.read_only):
                     logger.warning("%s: its server cannot flush: how durable it is, is the server's affair", self.name)
             self._acquired, self._lost = True, 0
@@ -128,13 +130,20 @@ class NbdStorage:
 
     def discard(self, offset: int, length: int) -> None:
         # Not by NBD_CMD_TRIM: nobody knows what is read there afterwards, nor whether it stays the same.
+        first, last = -(-offset // GRANULE) * GRANULE, (offset + length) // GRANULE * GRANULE
         with self._writing():
-            if self._export.can_fast_zero:
-                try:
-                    self._zero(offset, length, FAST_ZERO)
-                except OSError as error:
-                    if error.errno not in NOT_FAST:
-                        raise
+            if self._export.can_fast_zero and not self._zero_fast(offset, length):
+                self._zero_fast(first, last - first)
+
+    def _zero_fast(self, offset: int, length: int) -> bool:
+        """Whether the server could do it, all of it, faster than by writing."""
+        try:
+            self._zero(offset, length, FAST_ZERO)
+        except OSError as error:
+            if error.errno not in NOT_FAST:
+                raise
+            return False
+        return True
 
     def _zero(self, offset: int, length: int, flags: int) -> None:
         for start in range(0, length, LONGEST):
@@ -153,7 +162,8 @@ class NbdStorage:
         for last in (False, True):
             with self._connections.one(deadline) as connection:
                 try:
-                    return command(connection, deadline, *args, **kwargs)
+                    command(connection, deadline, *args, **kwargs)
+                    break
                 except OSError as error:
                     if connection.alive:  # the server said so
                         raise
