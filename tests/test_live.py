@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from mmap import mmap
@@ -22,6 +23,7 @@ from vfio_user.errors import ConnectionClosedError, MigrationError
 from vfio_user.fds import OwnedFd
 from vfio_user.live import DirtyMemory, LocalDestination, MemoryRegion, Migration, Round, Status, Step
 from vfio_user.live.destination import nothing
+from vfio_user.wire.constants import MigrationFlags
 
 PAGE = 4096
 MEMORY = 16 * PAGE
@@ -121,6 +123,23 @@ def test_what_the_guest_itself_writes_is_copied_too(sides: tuple[Side, Side]) ->
     job = migration(source, destination, pause=pause, guest_dirty=lambda: [wrote.pop()] if wrote else [])
     assert [done.pages for done in job.run()] == [16, 1]
     assert destination.memory == source.memory
+
+
+def test_a_few_bytes_over_a_slow_pipe_do_not_pass_for_a_slow_link(tmp_path: Path) -> None:
+    """All that goes ahead is the head of a stream, and each round waits for an answer: that tells nothing of a rate."""
+
+    class Distant(LocalDestination):
+        def settle(self) -> None:
+            time.sleep(0.02)
+            super().settle()
+
+    class Terse(Gpio):
+        migration = MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY
+
+    with served(Terse(), tmp_path / "a") as here, served(Terse(), tmp_path / "b") as there:
+        job = Migration([here], Distant([there]), downtime=0.01, max_rounds=3)
+        assert len(list(job.run())) == 2
+        assert there.migration_get_state() == DeviceState.RUNNING
 
 
 class TroubleError(Exception):

@@ -32,6 +32,8 @@ from vfio_user.wire.constants import PAGE_SIZE
 
 _TICK = 1e-6
 """Seconds that a round takes at least: no clock tells less."""
+_SAMPLE, _LIKELY_RATE = 1 << 20, 100 << 20
+"""Bytes that tell of a link; bytes per second that one is taken for which has not shown what it can."""
 
 
 class Migration:
@@ -187,8 +189,9 @@ class Migration:
 
     @property
     def _rate(self) -> float:
-        """Bytes per second, of all rounds: one in which next to nothing moved tells nothing of the link."""
-        return self._sent / max(self._sending, _TICK)
+        """Bytes per second, of all rounds. A few bytes tell how long an answer takes, and nothing of the link."""
+        measured = self._sent / max(self._sending, _TICK)
+        return measured if self._sent >= _SAMPLE else max(measured, min(_LIKELY_RATE, self._bandwidth))
 
     def _time_for_the_rest(self) -> float:
         """Seconds at that rate; 0 where nothing has moved yet that would tell."""
