@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -74,6 +74,12 @@ _SET_BY_HOST = 1 << 1 << 48
 """Origin of a timestamp (5.21.1.14)."""
 
 
+def _serial_of(path: str) -> str:
+    """A serial number that a file keeps from one server to the next; memory is new every time."""
+    unique = uuid.uuid4() if path == MEMORY else uuid.uuid5(uuid.NAMESPACE_URL, os.path.abspath(path))
+    return unique.hex[:16].upper()
+
+
 class Nvme(Device):
     """An NVMe controller with a namespace for each storage that is given: NVM Express 1.4."""
 
@@ -94,7 +100,7 @@ class Nvme(Device):
     block_size = option(512, "bytes of a block, 512 or 4096; a host may format it otherwise")
     read_only = option(False, "whether writes are refused")
     shared = option(False, "whether other servers may write the same storage at the same time")
-    serial = option("", "what tells this controller from others; by default chosen at random")
+    serial = option("", "what tells this controller from others; by default made of the path")
     model = option("vfio-user NVMe", "what the controller calls itself")
     queues = option(MAX_QUEUES, "I/O queue pairs that a guest may have, at most 64")
     threads = option(8, "commands that may wait for the storage at the same time")
@@ -120,7 +126,7 @@ class Nvme(Device):
             raise ValueError(f"threads={self.threads}: at least one is needed")
         self.msix_vectors = self.queues + 1
         self.namespaces: dict[int, Namespace] = {}
-        serial = self.serial or secrets.token_hex(8).upper()
+        serial = self.serial or _serial_of(self.path)
         self.identity = ControllerIdentity(self.vendor_id, self.vendor_id, serial, self.model)
 
     def __init__(self, **options: object) -> None:
@@ -186,7 +192,13 @@ class Nvme(Device):
 
     def _open(self, path: str) -> Storage:
         size = self.size or (MEMORY_SIZE if path == MEMORY else None)
-        return open_storage(path, size=size, read_only=self.read_only, shared=self.shared)
+        storage = open_storage(path, size=size, read_only=self.read_only, shared=self.shared)
+        try:
+            storage.acquire()
+            storage.release()
+        except OSError as error:  # it may well be that its owner's guest migrates to here
+            logger.warning("%s: no guest can use it until its owner lets go of it: %s", path, error)
+        return storage
 
     def _changed(self, number: int) -> None:
         self.logs.changed.add(number)
