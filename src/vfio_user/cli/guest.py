@@ -30,8 +30,9 @@ FETCH = (
     help=f"A device to plug in; by default those in ${SOCKETS_VARIABLE}, which serve --run sets.",
 )
 @click.option("--iommu", is_flag=True, help="Behind an emulated IOMMU: vfio-pci can drive the devices then.")
+@click.option("--module", "modules", metavar="NAME", multiple=True, help="A driver of Linux to load: nvme, say.")
 @click.argument("command", nargs=-1)
-def guest(sockets: tuple[str, ...], iommu: bool, command: tuple[str, ...]) -> None:
+def guest(sockets: tuple[str, ...], iommu: bool, modules: tuple[str, ...], command: tuple[str, ...]) -> None:
     """Boot Linux in QEMU with devices plugged in, and run COMMAND in it, or lines from standard input.
 
     A single word is a line for the shell; each line has a shell of its own. In the guest, "bar0 w32:0x4=5 r32:0x0"
@@ -44,7 +45,7 @@ def guest(sockets: tuple[str, ...], iommu: bool, command: tuple[str, ...]) -> No
     if qemu is None or linux is None:
         raise QemuError(f"no {'guest' if qemu else 'QEMU with vfio-user-pci'} here: {FETCH}")
     try:
-        with workbench(qemu, linux, sockets, iommu=iommu) as machine:
+        with workbench(qemu, linux, sockets, iommu=iommu, modules=modules) as machine:
             _work(machine, command[0] if len(command) == 1 else shlex.join(command))
     except QemuError as error:  # with the end of the guest's console: more than a line
         raise click.ClickException(str(error)) from error

@@ -58,9 +58,16 @@ def build(source: Path, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def workbench(
-    qemu: str | Path, guest: Guest, devices: Sequence[PluggedDevice], *, iommu: bool = False
+    qemu: str | Path,
+    guest: Guest,
+    devices: Sequence[PluggedDevice],
+    *,
+    iommu: bool = False,
+    modules: Sequence[str] = (),
 ) -> Iterator[LinuxMachine]:
     """Boot it, with ``devices`` on bus 0 from slot 1 on; with ``iommu`` behind an emulated one of Intel's.
+
+    ``modules``: drivers of the kernel to load besides; what they take, ``bar0`` and ``drive`` leave alone.
 
     Raises QemuError when it does not come up.
     """
@@ -71,7 +78,7 @@ def workbench(
             guest,
             devices,
             files={**programs, **_scripts()},
-            modules=("vfio-pci", "vfio_iommu_type1") if iommu else ("uio_pci_generic",),
+            modules=(*(("vfio-pci", "vfio_iommu_type1") if iommu else ("uio_pci_generic",)), *modules),
             append="intel_iommu=on" if iommu else "",
             extra_args=IOMMU if iommu else (),
         ) as linux:
