@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -175,11 +175,23 @@ class Device(ServerBackend):
         """State besides what is declared, of the types that :func:`state` names, by name."""
         return {}
 
+    def save_parts(self) -> Iterable[bytes]:
+        """State that is too large for :meth:`save`, in parts of a MiB at most: :meth:`load` gets them behind what was
+        sent ahead. Asked for when the device has stopped.
+        """
+        return ()
+
+    def parts_size(self) -> int:
+        """About how many bytes :meth:`save_parts` would give now."""
+        return 0
+
     def load(self, saved: dict[str, object], pre_copy: Sequence[bytes]) -> None:
-        """Take over what :meth:`save` and :meth:`pre_copy` of the source gave; declared state is there already.
+        """Take over what :meth:`save`, :meth:`pre_copy` and :meth:`save_parts` of the source gave; declared state is
+        there already.
 
         Raises ValueError for what it cannot be: then everything is as it was before. For that it is called once more,
-        with what :meth:`save` gave then and no ``pre_copy``: :meth:`save` alone must be enough.
+        with what :meth:`save` gave then and no ``pre_copy``: :meth:`save` alone must be enough, and what comes in parts
+        be checked before it is taken over.
         """
         if saved:
             raise ValueError(f"{', '.join(sorted(saved))}: not known to this device")

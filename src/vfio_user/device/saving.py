@@ -116,19 +116,25 @@ class Migrator:
 
     def _finish(self, stream: StreamWriter) -> None:
         """Add all that is left to say of the device as it is now."""
+        for part in self._device.save_parts():
+            stream.add_pre_copy(part)
+        self._add_state(stream)
+        stream.end()
+
+    def _add_state(self, stream: StreamWriter) -> None:
         try:
             stream.add_state(encode_state(collect(self._device)))
         except ValueError as error:
             raise StreamError(f"{type(self._device).__name__} cannot be saved: {error}") from error
         for index, memory in self._device.memory.items():
             stream.add_memory(index, 0, memory)
-        stream.end()
 
     def _stream_size(self) -> int:
         """Bytes that a stream of the device as it is now has."""
         stream = StreamWriter(self._device.stream_identity)
-        self._finish(stream)
-        return stream.pending
+        self._add_state(stream)
+        stream.end()
+        return stream.pending + self._device.parts_size()
 
     def _load(self, loaded: LoadedStream) -> None:
         """Have the device become what the stream says, or stay what it is."""

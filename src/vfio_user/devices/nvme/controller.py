@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vfio_user.device import Bar, Device, option, parse_size, register, state
 from vfio_user.devices.nvme.admin import AdminCommands
@@ -35,7 +35,7 @@ from vfio_user.devices.nvme.logs import Logs
 from vfio_user.devices.nvme.metering import Meter
 from vfio_user.devices.nvme.namespaces import MAX_NAMESPACES, Namespace
 from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
-from vfio_user.devices.nvme.saving import restore, saved
+from vfio_user.devices.nvme.saving import PART_HEAD, restore, saved
 from vfio_user.devices.nvme.storage import open_storage
 from vfio_user.devices.nvme.storage.base import Storage
 from vfio_user.devices.nvme.storage.memory import MemoryStorage
@@ -53,7 +53,7 @@ MAX_QUEUE_SIZE = 1024
 QUIESCE_TIMEOUT = 20.0
 """Seconds that the storage may take for what is under way when all must stand still."""
 PART = 1 << 20
-"""Bytes of memory that are sent ahead at once."""
+"""Bytes of memory that are sent at once."""
 MEMORY = "memory:"
 MEMORY_SIZE = 64 << 20
 
@@ -179,6 +179,7 @@ class Nvme(Device):
             storage.close()
             raise
         self.namespaces[number] = namespace
+        self.pre_copy_limit = 2 * sum(storage.size for _, storage in self.carried()) + PART  # the rest changes meanwhile
         self._changed(number)
         return namespace
 
@@ -473,15 +474,21 @@ class Nvme(Device):
             storage.mark_all_unsent()
 
     def pre_copy(self) -> bytes:
-        """The content of memory, which nobody else keeps."""
+        """The content of memory, which nobody else keeps: a part of it, behind the NSID."""
         for number, storage in self.carried():
             if storage.unsent():
-                return number.to_bytes(4, "little") + storage.next_part(PART - 4)
+                return number.to_bytes(PART_HEAD, "little") + storage.next_part(PART - PART_HEAD)
         return b""
 
+    def save_parts(self) -> Iterator[bytes]:
+        """What changed there since."""
+        return iter(self.pre_copy, b"")
+
+    def parts_size(self) -> int:
+        return sum(storage.unsent_bytes() for _, storage in self.carried())
+
     def save(self) -> dict[str, object]:
-        parts = {str(number): storage.rest() for number, storage in self.carried()}
-        return {"controller": saved(self), "memory": parts}
+        return saved(self)
 
     def load(self, saved: dict[str, object], pre_copy: Sequence[bytes]) -> None:
         restore(self, saved, pre_copy)

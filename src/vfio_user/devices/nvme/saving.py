@@ -20,6 +20,8 @@ from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
 if TYPE_CHECKING:
     from vfio_user.devices.nvme.controller import Nvme
 
+PART_HEAD = 4
+"""Bytes of the NSID before a part of a namespace's memory."""
 _MAX_QUEUE_SIZE = 4096
 """Of an admin queue; I/O queues have fewer."""
 U16 = Annotated[int, Meta(ge=0, lt=1 << 16)]
@@ -116,13 +118,6 @@ class SavedController(msgspec.Struct, forbid_unknown_fields=True):
     namespaces: Annotated[list[SavedNamespace], Meta(max_length=1 << 10)]
 
 
-class Saved(msgspec.Struct, forbid_unknown_fields=True):
-    """All of it: ``memory`` is the content of namespaces that are memory, by NSID."""
-
-    controller: SavedController
-    memory: dict[str, bytes]
-
-
 def saved(device: Nvme) -> dict[str, object]:
     """What :func:`restore` makes a controller of the same kind out of."""
     executor, events, logs = device.executor, device.events, device.logs
@@ -160,13 +155,12 @@ def _saved_ring(ring: Ring) -> SavedRing:
     return SavedRing(list(ring.pieces), ring.per_piece, ring.size)
 
 
-def restore(device: Nvme, fields: dict[str, object], pre_copy: Sequence[bytes]) -> None:
-    """Make ``device`` what :func:`saved` described. Raises ValueError, with nothing changed but memory namespaces."""
+def restore(device: Nvme, fields: dict[str, object], parts: Sequence[bytes]) -> None:
+    """Make ``device`` what :func:`saved` described; ``parts`` are of namespaces that are memory. Raises ValueError."""
     try:
-        everything = msgspec.convert(fields, Saved)
+        content = msgspec.convert(fields, SavedController)
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from None
-    content = everything.controller
     _check_namespaces(device, content.namespaces)
     completions = {one.number: _completions(device, one) for one in content.completions}
     submissions = {one.number: _submissions(device, one, completions) for one in content.submissions}
@@ -175,7 +169,7 @@ def restore(device: Nvme, fields: dict[str, object], pre_copy: Sequence[bytes]) 
         raise ValueError("a controller that is enabled has admin queues")
     if any(one.feature not in RULES for one in content.features):
         raise ValueError("a feature that this controller does not have")
-    _restore_memory(device, pre_copy, everything.memory)
+    _restore_memory(device, parts)
 
     for one in content.namespaces:
         namespace = device.namespaces[one.number]
@@ -240,15 +234,13 @@ def _submissions(device: Nvme, one: SavedSubmissions, completions: dict[int, Com
     return queue
 
 
-def _restore_memory(device: Nvme, pre_copy: Sequence[bytes], rest: dict[str, bytes]) -> None:
-    """The content of namespaces that are memory: what was sent ahead, part by part, then what had changed since."""
+def _restore_memory(device: Nvme, parts: Sequence[bytes]) -> None:
+    """Fill the namespaces that are memory: all parts are sound, or nothing changes."""
     storages = dict(device.carried())
-    if rest.keys() != {str(number) for number in storages}:
-        raise ValueError(f"memory of namespaces {', '.join(sorted(rest)) or 'none'}")
-    for part in pre_copy:
-        number = int.from_bytes(part[:4], "little")
+    numbered = [(int.from_bytes(part[:PART_HEAD], "little"), memoryview(part)[PART_HEAD:]) for part in parts]
+    for number, data in numbered:
         if number not in storages:
-            raise ValueError(f"memory of namespace {number}, which has none")
-        storages[number].apply(part[4:])
-    for key, data in rest.items():
-        storages[int(key)].apply(data)
+            raise ValueError(f"memory of namespace {number}, which is none that is memory")
+        storages[number].check(data)
+    for number, data in numbered:
+        storages[number].apply(data)

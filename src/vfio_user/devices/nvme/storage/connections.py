@@ -28,6 +28,7 @@ class Connections:
         self._connect = connect
         self._changed = threading.Condition()
         self._idle = [first]
+        self._trusted = {first}
         self._open = 1  # those that are lent, and those being made, too
         self._most = _most(first)
         self._closed = False
@@ -72,40 +73,65 @@ class Connections:
             if others and isinstance(error, OSError):
                 return None
             raise
-        if not others:
-            self._most = _most(connection)
+        with self._changed:
+            if not self._closed:
+                self._trusted.add(connection)
+            if not others:
+                self._most = _most(connection)
+            self._changed.notify_all()
         return connection
 
     def _give_back(self, connection: Connection) -> None:
         with self._changed:
-            alive = connection.alive
-            self._idle.append(connection)
-            if self._closed or not alive:  # a server that is gone for one is gone for all
-                self._close_idle()
+            if connection in self._trusted and connection.alive:
+                self._idle.append(connection)
+            else:
+                self._end([connection])
             self._changed.notify_all()
 
-    def _close_idle(self) -> None:
-        for connection in self._forget_idle():
+    def _end(self, connections: list[Connection]) -> None:
+        for connection in connections:
             connection.close()
+        self._open -= len(connections)
+        self._trusted.difference_update(connections)
 
-    def _forget_idle(self) -> list[Connection]:
+    def trusts(self, connection: Connection) -> bool:
+        """Whether the server that it goes to is, for all we know, there."""
+        with self._changed:
+            return connection in self._trusted
+
+    def distrust(self, connection: Connection) -> bool:
+        """It is dead, and a server that is gone for one is gone for all there are: lent ones end when they come back.
+
+        Returns whether it was trusted until now: False where somebody else has found out already.
+        """
+        with self._changed:
+            if connection not in self._trusted:
+                return False
+            self._drop_all()
+            return True
+
+    def _drop_all(self) -> None:
+        self._trusted.clear()
         idle, self._idle = self._idle, []
-        self._open -= len(idle)
-        return idle
+        self._end(idle)
+        self._changed.notify_all()
 
     def disconnect(self, deadline: float) -> None:
         """Take leave of the server."""
         with self._changed:
-            idle = self._forget_idle()
+            idle, self._idle = self._idle, []
         for connection in idle:
             connection.disconnect(min(deadline, time.monotonic() + GOODBYE_TIMEOUT))
+        with self._changed:
+            self._end(idle)
+            self._changed.notify_all()
 
     def close(self) -> None:
         """End, without waiting for anyone: those that are lent end when they come back."""
         with self._changed:
             self._closed = True
-            self._close_idle()
-            self._changed.notify_all()
+            self._drop_all()
 
 
 def _most(connection: Connection) -> int:

@@ -22,8 +22,8 @@ SIZE_MINIMUM, SIZE_MAXIMUM = 0, 2
 """LIBNBD_SIZE_*: smallest unit of an offset or a length; longest data of a command."""
 NO_HOLE, FAST_ZERO = 0x02, 0x10
 """LIBNBD_CMD_FLAG_* of a zero command: keep room for it; rather fail than take as long as writing."""
-LONGEST = 1 << 30
-"""Bytes of a command without data: its length has 32 bits."""
+LONGEST = 128 << 20
+"""Bytes of a zero command. Its length has 32 bits, but a server that must write them should not take too long."""
 USUAL_MAXIMUM = 32 << 20
 """Bytes of data in a command, that any server takes (NBD protocol, "Block size constraints")."""
 

@@ -36,7 +36,7 @@ class MemoryStorage:
     def __init__(self, name: str, *, size: int, read_only: bool = False) -> None:
         """Raises ValueError for a size that no disk has, OSError(ENOMEM) where there is no room for it."""
         if size <= 0 or size % SECTOR:
-            raise ValueError(f"{name}: {size} bytes are no disk: it must be a multiple of {SECTOR}")
+            raise ValueError(f"{name} {size} bytes are no disk: it must be a multiple of {SECTOR}")
         self.name, self.size, self.read_only = name, size, read_only
         try:
             self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -119,13 +119,9 @@ class MemoryStorage:
             block = self._append_record(part, block)
         return bytes(part)
 
-    def rest(self) -> bytes:
-        """All that is unsent, which it stays: for the end of a stream, when no write comes any more."""
-        before = self._unsent.copy()
-        try:
-            return self.next_part(LEAST_PART + 2 * self.size)
-        finally:
-            self._unsent |= before
+    def unsent_bytes(self) -> int:
+        """About how many bytes are unsent."""
+        return self._unsent.count() * BLOCK
 
     def _append_record(self, part: bytearray, block: int) -> int:
         """Add an unsent block, or a run of them that are zeros. Returns the next one that is unsent, or -1."""
@@ -140,7 +136,7 @@ class MemoryStorage:
 
     def _take(self, block: int) -> tuple[int, bool]:
         """Count ``block`` as sent, or a run of unused ones from it on. Returns its end, and whether it was used."""
-        end = block + 1 if self._used[block] else self._end_of_unused(block)
+        end = max(block + 1, self._end_of_unused(block))
         self._unsent[block:end] = 0
         # Only now it is sure what is used: who writes later makes it unsent again, who wrote before has made it used.
         used = self._used.find(1, block, end)
@@ -151,7 +147,7 @@ class MemoryStorage:
         return end, used == block
 
     def _end_of_unused(self, block: int) -> int:
-        """The end of the run of unsent and unused blocks that begins with this one."""
+        """The end of the run of unsent and unused blocks that begins with this one; ``block`` itself if it is used."""
         ends = (self._used.find(1, block), self._unsent.find(0, block))
         return min((end for end in ends if end >= 0), default=len(self._unsent))
 
@@ -160,12 +156,16 @@ class MemoryStorage:
 
         Raises ValueError for anything else, and has then changed nothing.
         """
-        for start, stop, data in list(self._records(memoryview(part).cast("B"))):
+        for start, stop, data in self.check(part):
             if data is None:
                 self._zero(start, stop)
             else:
                 self._bytes[start:stop] = data
                 self._used[_blocks(start, stop)] = 1
+
+    def check(self, part: Buffer) -> list[tuple[int, int, memoryview | None]]:
+        """Raise ValueError for a part that :meth:`apply` would not take; what it consists of."""
+        return list(self._records(memoryview(part).cast("B")))
 
     def _records(self, part: memoryview) -> Iterator[tuple[int, int, memoryview | None]]:
         """The start and end of each record's bytes, and the bytes unless they are zeros; checked."""

@@ -10,8 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Concatenate, ParamSpec
 
 from vfio_user.devices.nvme.storage.base import SECTOR, Views
@@ -24,6 +23,7 @@ ZEROS = memoryview(bytearray(1 << 20))
 GRANULE = 64 << 10
 """Bytes of a qcow2 image's cluster, unless asked for another: of less it gives no room back."""
 NOT_FAST = {errno.EOPNOTSUPP, errno.ENOTSUP}
+CHANGES = {Connection.write, Connection.zero}
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -50,7 +50,7 @@ class NbdStorage:
         self._connections = Connections(self._reconnect, first)
         self._acquired = False
         self._flushing = threading.Lock()
-        self._unflushed = False  # whether something was, or is being, written since the last flush began
+        self._unflushed = False  # whether something was written since the last flush began
         self._lost = 0  # the errno of what may have lost some of that
         try:
             self._check_size(size)
@@ -103,9 +103,9 @@ class NbdStorage:
         return False
 
     def write(self, offset: int, views: Views) -> None:
-        with self._writing():
-            data = views[0] if len(views) == 1 else memoryview(bytearray().join(views))
-            self._move(Connection.write, offset, data)
+        self._check_writable()
+        data = views[0] if len(views) == 1 else memoryview(bytearray().join(views))
+        self._move(Connection.write, offset, data)
 
     def flush(self) -> None:
         # One at a time: what fails for one must not look like a success to another.
@@ -121,19 +121,19 @@ class NbdStorage:
                 self._check_lost()  # it may have been a new connection's, after the one that had the writes was lost
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        with self._writing():
-            if self._export.can_zero:
-                self._zero(offset, length, 0 if unmap else NO_HOLE)
-            else:
-                for start in range(0, length, len(ZEROS)):
-                    self._move(Connection.write, offset + start, ZEROS[: length - start])
+        self._check_writable()
+        if self._export.can_zero:
+            self._zero(offset, length, 0 if unmap else NO_HOLE)
+        else:
+            for start in range(0, length, len(ZEROS)):
+                self._move(Connection.write, offset + start, ZEROS[: length - start])
 
     def discard(self, offset: int, length: int) -> None:
         # Not by NBD_CMD_TRIM: nobody knows what is read there afterwards, nor whether it stays the same.
-        first, last = -(-offset // GRANULE) * GRANULE, (offset + length) // GRANULE * GRANULE
-        with self._writing():
-            if self._export.can_fast_zero and not self._zero_fast(offset, length):
-                self._zero_fast(first, last - first)
+        self._check_writable()
+        if self._export.can_fast_zero and not self._zero_fast(offset, length):
+            first, last = -(-offset // GRANULE) * GRANULE, (offset + length) // GRANULE * GRANULE
+            self._zero_fast(first, last - first)
 
     def _zero_fast(self, offset: int, length: int) -> bool:
         """Whether the server could do it, all of it, faster than by writing."""
@@ -157,34 +157,34 @@ class NbdStorage:
     def _do(
         self, command: Callable[Concatenate[Connection, float, P], None], *args: P.args, **kwargs: P.kwargs
     ) -> None:
-        """Do it on a connection; on another one if that was lost meanwhile: a server that was restarted is no error."""
+        """Do it on a connection; if that was lost, once more on another: a server that was restarted is no error."""
         deadline = self._deadline()
         for last in (False, True):
             with self._connections.one(deadline) as connection:
                 try:
                     command(connection, deadline, *args, **kwargs)
-                    break
                 except OSError as error:
                     if connection.alive:  # the server said so
                         raise
-                    self._lose(error.errno or errno.ENOTCONN)
+                    self._lose(connection, error.errno or errno.ENOTCONN)
                     if last or time.monotonic() >= deadline:
                         raise
+                else:
+                    if command in CHANGES:
+                        self._unflushed = True
+                    # Asked afterwards: whoever finds from now on that the server is gone, finds that this is unflushed.
+                    if self._connections.trusts(connection):
+                        return
+        raise OSError(errno.ENOTCONN, "the connection was lost", self.name)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _lose(self, connection: Connection, number: int) -> None:
+        """A connection is dead: its server may be, with what that had not made durable."""
+        if self._connections.distrust(connection) and (self._unflushed or self._flushing.locked()):
+            self._lost = self._lost or number
+
+    def _check_writable(self) -> None:
         if self.read_only:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), self.name)
-        self._unflushed = True  # what is lost now may be this
-        try:
-            yield
-        finally:
-            self._unflushed = True  # a flush that began meanwhile need not have covered it
-
-    def _lose(self, number: int) -> None:
-        """A connection was lost: its server may have been, and what that had not written."""
-        if self._unflushed or self._flushing.locked():
-            self._lost = self._lost or number
 
     def _check_lost(self) -> None:
         if self._lost:
