@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,23 +13,24 @@ import click
 from rich.console import Console
 
 from vfio_user.cli.inspect import connect, open_for_reading, socket_argument, timeout_option
+from vfio_user.cli.peers import CALLS_PER_ANSWER, certificates, peer_options
 from vfio_user.cli.progress import follow, render
 from vfio_user.cli.reasons import describe, naming
+from vfio_user.client import Client
 from vfio_user.errors import MigrationError, UsageError, VfioUserError
-from vfio_user.live import LocalDestination, Migration, files
+from vfio_user.live import Arrival, LocalDestination, MemoryRegion, Migration, Pipe, files
 from vfio_user.live.html import report_html
-from vfio_user.live.remote import RemoteDestination
 from vfio_user.live.remote import receive as receive_from
 from vfio_user.live.report import Report, Status
-from vfio_user.live.text import clean, verdict
+from vfio_user.live.text import clean, duration, size, verdict
 from vfio_user.tools.interrupts import Interrupts
-from vfio_user.tools.migrate import Remote, Stoppable, StoppablePipe, moved
+from vfio_user.tools.memory import MemorySpec, guest_memory
+from vfio_user.tools.migrate import Carrier, Stoppable, Target, standard_pipe, stoppable_pipe
+from vfio_user.tools.places import Listener, Place, parse_place
 from vfio_user.tools.saved import is_special, replaced, spooled
 
 MIB = 1 << 20
 STDIN, STDOUT, STDERR = 0, 1, 2
-CALLS_PER_ANSWER = 6
-"""What the other side does before it answers takes some calls: to give up on it sooner would leave it in doubt."""
 file_argument = click.argument("file", metavar="FILE|-", type=click.Path())
 
 
@@ -108,6 +109,15 @@ def _telling(what: str) -> Iterator[None]:
 @click.argument("paths", metavar="SRC DST", nargs=-1, type=click.Path())
 @click.option("--device", "devices", metavar="SRC:DST", multiple=True, help="One more device of the same guest.")
 @click.option("--exec", "command", metavar="COMMAND", help="In place of DST, what runs vfio-user receive: ssh ...")
+@click.option("--to", metavar="PLACE", help="In place of DST, where vfio-user receive listens: HOST:PORT or a socket.")
+@click.option(
+    "--memory",
+    metavar="SRC:DST[@ADDRESS]",
+    multiple=True,
+    help="A file that is the guest's memory there, and goes along; with --exec and --to SRC[@ADDRESS].",
+)
+@click.option("--compress", is_flag=True, help="Compress what goes to the other side, if it knows how.")
+@peer_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--html", metavar="FILE", type=click.Path(dir_okay=False), help="The report as a page, with curves.")
 @click.option(
@@ -126,45 +136,89 @@ def _telling(what: str) -> Iterator[None]:
 def migrate(
     paths: tuple[str, ...],
     devices: tuple[str, ...],
-    command: str | None,
+    memory: tuple[str, ...],
     as_json: bool,
     html: str | None,
     timeout: float,
-    **limits: Any,
+    downtime: int,
+    max_rounds: int,
+    force: bool,
+    bandwidth: int | None,
+    **way: Any,
 ) -> None:
     """Move the state of the device behind SRC to the one behind DST, which runs on with it; SRC stays stopped.
 
     What fails, Ctrl-C too, leaves SRC running as if nothing had been.
     """
-    sources, destinations = _sides(paths, devices, remote=command is not None)
+    carrier = _carrier(**way)
+    sources, destinations = _sides(paths, devices, remote=carrier is not None)
+    memory_here, memory_there = _memory(memory, remote=carrier is not None)
     report, verified = Report(), False
     try:
         with ExitStack() as stack:
-            here = [stack.enter_context(connect(path, timeout)) for path in sources]
-            there = [stack.enter_context(connect(path, timeout)) for path in destinations]
-            remote = None if command is None else stack.enter_context(Remote(command, timeout))
-            target = LocalDestination(there) if remote is None else _remote_destination(remote, timeout)
+            here, regions = _plugged(stack, sources, memory_here, timeout)
+            if carrier is None:
+                there, regions_there = _plugged(stack, destinations, memory_there, timeout)
+                target = Target(LocalDestination(there, regions_there), there)
+            else:
+                target = _opened(stack, carrier, timeout)
             interrupts = stack.enter_context(Interrupts())
-            job = Migration(here, Stoppable(target, interrupts), **_engine_options(**limits))
+            job = Migration(
+                here,
+                Stoppable(target.destination, interrupts),
+                memory=regions,
+                downtime=downtime / 1000,
+                max_rounds=max_rounds,
+                force=force,
+                bandwidth=float("inf") if bandwidth is None else float(bandwidth * MIB),
+            )
             report = job.report
             follow(job, Console(stderr=True, quiet=as_json))
-            verified = moved(here, there) and (remote is None or remote.wait() == 0)
+            verified = target.reached(here)
+    except UsageError:
+        raise
     except (VfioUserError, OSError) as error:
         report.error = report.error or describe(error)
     except KeyboardInterrupt as error:
         report.error = report.error or str(error) or "interrupted"
     _show(report, verified, as_json=as_json)
     if html is not None:
-        title = f"{' '.join(sources)} → {command or ' '.join(destinations)}"
+        title = f"{' '.join(sources)} → {carrier.via if carrier else ' '.join(destinations)}"
         Path(html).write_text(report_html(report, title), encoding="utf-8")
     _raise_failure(report, verified)
+
+
+def _carrier(
+    command: str | None,
+    to: str | None,
+    compress: bool,
+    memory_pipes: int,
+    cert: Path | None,
+    key: Path | None,
+    ca: Path | None,
+) -> Carrier | None:
+    """What carries it to another process; None: the devices are both here."""
+    trust = certificates(cert, key, ca)
+    if to is not None and command is None:
+        return Carrier(parse_place(to, trust), memory_pipes, compress)
+    if trust is not None:
+        raise click.UsageError("--cert, --key and --ca are for --to HOST:PORT")
+    if command is not None and to is None:
+        return Carrier(command, memory_pipes, compress)
+    if command is not None:
+        raise click.UsageError("give --exec or --to, not both")
+    if compress or memory_pipes:
+        raise click.UsageError("--compress and --memory-pipes are for --exec and --to")
+    return None
 
 
 def _sides(paths: Sequence[str], devices: Sequence[str], *, remote: bool) -> tuple[list[str], list[str]]:
     """The sockets of the sources and of the destinations."""
     each = 1 if remote else 2
     if len(paths) not in ({each, 0} if devices else {each}):
-        raise click.UsageError("give SRC, and --exec for the other side" if remote else "give SRC and DST, or --exec")
+        raise click.UsageError(
+            "give SRC, and --exec or --to for the other side" if remote else "give SRC and DST, or --exec, or --to"
+        )
     rows = [list(paths)] if paths else []
     for device in devices:
         rows.append(device.split(":"))
@@ -173,17 +227,28 @@ def _sides(paths: Sequence[str], devices: Sequence[str], *, remote: bool) -> tup
     return [row[0] for row in rows], [path for row in rows for path in row[1:]]
 
 
-def _remote_destination(remote: Remote, timeout: float) -> RemoteDestination:
-    return RemoteDestination(remote.pipe, timeout=timeout * CALLS_PER_ANSWER)
+def _memory(texts: Sequence[str], *, remote: bool) -> tuple[list[MemorySpec], list[MemorySpec]]:
+    """The guest's memory here and, unless that is ``remote``, there."""
+    if remote:
+        return list(map(MemorySpec.parse, texts)), []
+    pairs = list(map(MemorySpec.parse_pair, texts))
+    return [here for here, _ in pairs], [there for _, there in pairs]
 
 
-def _engine_options(downtime: int, max_rounds: int, force: bool, bandwidth: int | None) -> dict[str, Any]:
-    return {
-        "downtime": downtime / 1000,
-        "max_rounds": max_rounds,
-        "force": force,
-        "bandwidth": float("inf") if bandwidth is None else float(bandwidth * MIB),
-    }
+def _plugged(
+    stack: ExitStack, paths: Sequence[str], memory: Sequence[MemorySpec], timeout: float
+) -> tuple[list[Client], Sequence[MemoryRegion]]:
+    """The devices behind ``paths``, which reach the guest's memory for as long as ``stack`` is not left."""
+    guest = stack.enter_context(guest_memory(memory))
+    clients = [stack.enter_context(connect(path, timeout)) for path in paths]
+    guest.map_into(clients)
+    return clients, guest.regions
+
+
+def _opened(stack: ExitStack, carrier: Carrier, timeout: float) -> Target:
+    """The destination at the other end of ``carrier``."""
+    with naming(carrier.via):
+        return carrier.opened(stack, timeout, timeout * CALLS_PER_ANSWER)
 
 
 def _show(report: Report, verified: bool, *, as_json: bool) -> None:
@@ -195,7 +260,8 @@ def _show(report: Report, verified: bool, *, as_json: bool) -> None:
 
 def _raise_failure(report: Report, verified: bool) -> None:
     if report.status is not Status.COMPLETED:
-        raise MigrationError(f"{verdict(report)}: {clean(report.error or 'no reason')}")
+        advice = "; if it does not run, vfio-user resume lets SRC" if report.status is Status.UNCONFIRMED else ""
+        raise MigrationError(f"{verdict(report)}: {clean(report.error or 'no reason')}{advice}")
     if not verified:
         raise MigrationError(
             f"it moved, but is not as it must be: {clean(report.error or 'see what info says of both')}"
@@ -204,15 +270,71 @@ def _raise_failure(report: Report, verified: bool) -> None:
 
 @click.command()
 @click.argument("paths", metavar="DST...", nargs=-1, required=True, type=click.Path())
+@click.option("--listen", metavar="PLACE", help="Wait there for migrate --to: HOST:PORT, with TLS, or a UNIX socket.")
+@click.option("--memory", metavar="FILE[@ADDRESS]", multiple=True, help="A file that becomes the guest's memory there.")
+@peer_options
 @timeout_option
-def receive(paths: tuple[str, ...], timeout: float) -> None:
-    """Be the other end of vfio-user migrate --exec, on stdin and stdout, for the devices behind DST."""
+def receive(
+    paths: tuple[str, ...],
+    listen: str | None,
+    memory: tuple[str, ...],
+    memory_pipes: int,
+    cert: Path | None,
+    key: Path | None,
+    ca: Path | None,
+    timeout: float,
+) -> None:
+    """Be the other end of vfio-user migrate for the devices behind DST: on stdin and stdout, for --exec, or listening.
+
+    One migration; then it ends, and the devices run.
+    """
+    trust = certificates(cert, key, ca)
+    specs = list(map(MemorySpec.parse, memory))
+    interrupts = Interrupts()
+    with ExitStack() as stack:
+        if listen is None:
+            if memory_pipes or trust is not None:
+                raise UsageError("stdin and stdout are one pipe, without TLS: --listen for more")
+            pipes = [stack.enter_context(_standard_pipe(interrupts))]
+            clients, regions = _plugged(stack, paths, specs, timeout)
+            stack.enter_context(interrupts)
+        else:
+            place = parse_place(listen, trust)
+            clients, regions = _plugged(stack, paths, specs, timeout)
+            stack.enter_context(interrupts)
+            pipes = _accepted(stack, place, interrupts, 1 + memory_pipes, timeout)
+        destination = Stoppable(LocalDestination(clients, regions), interrupts)
+        arrival = receive_from(pipes[0], destination, memory_pipes=pipes[1:], timeout=timeout * CALLS_PER_ANSWER)
+    if listen is not None:
+        with suppress(OSError):  # they run, whether somebody reads it or not
+            click.echo(_in_words(arrival))
+
+
+def _standard_pipe(interrupts: Interrupts) -> Pipe:
+    """Stdin and stdout; whatever else is printed goes to stderr, and so does not get between the records."""
     if os.isatty(STDIN) or os.isatty(STDOUT):
         raise UsageError("a migration comes through stdin and stdout: this is for vfio-user migrate --exec")
-    interrupts = Interrupts()
-    with StoppablePipe(interrupts) as pipe, ExitStack() as stack:
-        os.dup2(STDERR, STDOUT)  # whatever else is printed does not get between the records
-        clients = [stack.enter_context(connect(path, timeout)) for path in paths]
-        stack.enter_context(interrupts)
-        destination = Stoppable(LocalDestination(clients), interrupts)
-        receive_from(pipe, destination, timeout=timeout * CALLS_PER_ANSWER)
+    pipe = standard_pipe(interrupts)
+    os.dup2(STDERR, STDOUT)
+    return pipe
+
+
+def _accepted(stack: ExitStack, place: Place, interrupts: Interrupts, count: int, timeout: float) -> list[Pipe]:
+    """The pipes of a migration that comes to ``place``."""
+    with naming(place), Listener(place) as listener:
+        click.echo(f"{listener.name} waits for vfio-user migrate --to")
+        with interrupts.at_once():
+            socks = listener.accept(count, timeout, timeout * CALLS_PER_ANSWER)
+    return [stack.enter_context(stoppable_pipe(sock, interrupts)) for sock in socks]
+
+
+def _in_words(arrival: Arrival) -> str:
+    parts = [
+        f"{arrival.devices} device{'s' if arrival.devices > 1 else ''} with {size(arrival.device_bytes)} of state",
+        *([f"{size(arrival.memory_bytes)} of memory"] if arrival.memory_bytes else []),
+        *([f"{size(arrival.zero_bytes)} of it zeros"] if arrival.zero_bytes else []),
+        f"in {duration(arrival.seconds)}",
+        *([f"compressed by {arrival.compression}"] if arrival.compression else []),
+    ]
+    known = "" if arrival.confirmed else "; whether the source knows that is not certain"
+    return f"received {', '.join(parts)}: running{known}"

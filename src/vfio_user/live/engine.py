@@ -32,8 +32,8 @@ from vfio_user.wire.constants import PAGE_SIZE
 
 _TICK = 1e-6
 """Seconds that a round takes at least: no clock tells less."""
-_SAMPLE, _LIKELY_RATE = 1 << 20, 100 << 20
-"""Bytes that tell of a link; bytes per second that one is taken for which has not shown what it can."""
+_SAMPLE, _LIKELY_RATE = 1 << 16, 100 << 20
+"""Bytes of a round that tell of a link; bytes per second that one is taken for which has not shown what it can."""
 
 
 class Migration:
@@ -140,6 +140,8 @@ class Migration:
             yield done
             if done.downtime <= self.downtime:
                 return
+            if not done.memory_bytes + done.device_bytes and not done.left:
+                break  # nothing is left to be sent ahead: another round changes nothing
         if not self.force:
             raise MigrationError(f"it does not converge: {self._verdict(self.report.rounds[-1])}")
 
@@ -155,8 +157,9 @@ class Migration:
         started = time.monotonic()
         memory_bytes, device_bytes = self._send(device_data, started)
         seconds = time.monotonic() - started
-        self._sent += memory_bytes + device_bytes
-        self._sending += seconds
+        if memory_bytes + device_bytes >= _SAMPLE:
+            self._sent += memory_bytes + device_bytes
+            self._sending += seconds
         if not stopped:
             self._memory.collect(self._source.logs)
         done = Round(
@@ -189,14 +192,12 @@ class Migration:
 
     @property
     def _rate(self) -> float:
-        """Bytes per second, of all rounds. A few bytes tell how long an answer takes, and nothing of the link."""
-        measured = self._sent / max(self._sending, _TICK)
-        return measured if self._sent >= _SAMPLE else max(measured, min(_LIKELY_RATE, self._bandwidth))
+        """Bytes per second. A round with a few bytes tells how long an answer takes, and nothing of the link."""
+        return self._sent / max(self._sending, _TICK) if self._sent else min(_LIKELY_RATE, self._bandwidth)
 
     def _time_for_the_rest(self) -> float:
-        """Seconds at that rate; 0 where nothing has moved yet that would tell."""
-        left = self._memory.pages * self._memory.page_size + self._source.bytes_left()
-        return left / self._rate if self._sent else 0.0
+        """Seconds at that rate."""
+        return (self._memory.pages * self._memory.page_size + self._source.bytes_left()) / self._rate
 
     def _keep_to_bandwidth(self, size: int, started: float) -> None:
         early = started + size / self._bandwidth - time.monotonic()

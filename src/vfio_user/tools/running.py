@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 
 from vfio_user.tools.serving import DeviceSpec
+from vfio_user.tools.shell import Shell
 
 SOCKET_VARIABLE = "VFIO_USER_SOCKET"
 """The first socket's absolute path."""
@@ -27,23 +26,17 @@ GRACE = 5.0
 class Command:
     """``sh -c text``, with ``sockets`` in its environment and ``fd_limit`` descriptors; a Companion of a service.
 
-    It has a process group of its own, so that all that it starts ends with it. When standard input is a terminal it
-    stays in ours: else it could not read from there, and Ctrl-C would not reach it. Raises OSError when there is no
-    shell. Leaving the ``with`` block kills what is left of it.
+    All that it starts ends with it, as far as a :class:`Shell` reaches. Raises OSError when there is no shell. Leaving
+    the ``with`` block kills what is left of it.
     """
 
     def __init__(self, text: str, sockets: Sequence[Path], fd_limit: int, *, grace: float = GRACE) -> None:
-        self._on_terminal = os.isatty(0)
         self._grace = grace
         self._asked = False
         self._deadline: float | None = None
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", f"ulimit -Sn {fd_limit}; {text}"],
-            env=os.environ | _variables(sockets),
-            process_group=None if self._on_terminal else 0,
-        )
+        self._shell = Shell(f"ulimit -Sn {fd_limit}; {text}", env=os.environ | _variables(sockets))
         try:
-            self._pidfd = os.pidfd_open(self._process.pid)
+            self._pidfd = os.pidfd_open(self._shell.process.pid)
         except BaseException:
             self._reap()
             raise
@@ -54,14 +47,14 @@ class Command:
 
     def hears(self, number: int) -> bool:
         """On a terminal Ctrl-C is the command's, as it is in a shell: what is served goes on until that has ended."""
-        return self._on_terminal and number == signal.SIGINT
+        return self._shell.on_terminal and number == signal.SIGINT
 
     def end(self) -> None:
         """SIGTERM, once; some seconds later :meth:`insist` is due."""
         if not self._asked:
             self._asked = True
             self._deadline = time.monotonic() + self._grace
-            self._signal(signal.SIGTERM)
+            self._shell.signal(signal.SIGTERM)
 
     def patience(self) -> float | None:
         """Seconds until :meth:`insist` is due; None: it is not."""
@@ -70,7 +63,7 @@ class Command:
     def insist(self) -> None:
         """SIGKILL."""
         self._deadline = None
-        self._signal(signal.SIGKILL)
+        self._shell.signal(signal.SIGKILL)
 
     def close(self) -> None:
         """Kill what is left of it."""
@@ -82,7 +75,7 @@ class Command:
     @property
     def status(self) -> int:
         """After :meth:`close`: its exit status; 128 and the number of the signal that ended it."""
-        status = self._process.returncode
+        status = self._shell.process.returncode
         return status if status >= 0 else 128 - status
 
     def __enter__(self) -> Command:
@@ -94,15 +87,8 @@ class Command:
         self.close()
 
     def _reap(self) -> None:
-        self._signal(signal.SIGKILL)  # while the process group is sure to be ours: it is not reaped yet
-        self._process.wait()
-
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self._on_terminal:
-                os.kill(self._process.pid, number)
-            else:
-                os.killpg(self._process.pid, number)
+        self._shell.signal(signal.SIGKILL)  # while the process group is sure to be ours: it is not reaped yet
+        self._shell.process.wait()
 
 
 def _variables(sockets: Sequence[Path]) -> dict[str, str]:

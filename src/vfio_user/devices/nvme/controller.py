@@ -179,7 +179,7 @@ class Nvme(Device):
             storage.close()
             raise
         self.namespaces[number] = namespace
-        self.pre_copy_limit = 2 * sum(storage.size for _, storage in self.carried()) + PART  # the rest changes meanwhile
+        self.pre_copy_limit = 2 * sum(storage.size for _, storage in self.carried()) + PART
         self._changed(number)
         return namespace
 

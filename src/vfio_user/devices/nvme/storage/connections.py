@@ -24,7 +24,8 @@ class Connections:
     where all are lent until the deadline; EBADF once it is closed.
     """
 
-    def __init__(self, connect: Callable[[float], Connection], first: Connection) -> None:
+    def __init__(self, uri: str, connect: Callable[[float], Connection], first: Connection) -> None:
+        self._uri = uri
         self._connect = connect
         self._changed = threading.Condition()
         self._idle = [first]
@@ -47,9 +48,9 @@ class Connections:
             with self._changed:
                 left = deadline - time.monotonic()
                 if not self._changed.wait_for(self._can_take, left):
-                    raise TimeoutError(errno.ETIMEDOUT, "the server is still at what it was asked before")
+                    raise TimeoutError(errno.ETIMEDOUT, "the server is still at what it was asked before", self._uri)
                 if self._closed:
-                    raise OSError(errno.EBADF, "the storage was closed")
+                    raise OSError(errno.EBADF, "the storage was closed", self._uri)
                 if self._idle:
                     return self._idle.pop()
                 self._open += 1

@@ -38,8 +38,9 @@ SMALL = 16 << 10
 ext4 and tmpfs cannot. There a write of 4 KiB into the page cache takes 5 us, and with another thread in fdatasync
 0.3 ms at worst; one of 128 KiB may take 8 ms. See :meth:`FileStorage.write_now`.
 """
-SLOW, PAUSE = 0.002, 1.0
-"""Seconds: a small write that took so long was held back by the kernel; for how long none is tried then."""
+SLOW, PAUSE = 0.02, 1.0
+"""Seconds: a small write that took so long was held back by the kernel, and not just by other threads that had the GIL
+or the processor; for how long none is tried then."""
 
 Move = Callable[[int, Views, int], int]
 """os.preadv or os.pwritev."""

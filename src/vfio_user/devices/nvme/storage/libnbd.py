@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import math
 import os
 import time
 from ctypes import c_char_p, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
@@ -26,8 +27,6 @@ LONGEST = 128 << 20
 """Bytes of a zero command. Its length has 32 bits, but a server that must write them should not take too long."""
 USUAL_MAXIMUM = 32 << 20
 """Bytes of data in a command, that any server takes (NBD protocol, "Block size constraints")."""
-
-Data = ctypes.Array[ctypes.c_char]
 
 
 class _Completion(ctypes.Structure):
@@ -78,15 +77,14 @@ class Export:
     """Whether a flush on one connection holds for what all have written."""
 
 
-def data_of(view: memoryview) -> Data:
-    """What a command can read into or write from: the memory of ``view`` itself, or a copy where it is read-only."""
-    kind = ctypes.c_char * len(view)
-    return kind.from_buffer_copy(view) if view.readonly else kind.from_buffer(view)
+def _address(view: memoryview) -> object:
+    """A pointer to the memory of ``view``, which keeps that where it is for as long as the pointer lives."""
+    return ctypes.byref(ctypes.c_char.from_buffer(view))
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """Raises OSError where there is none."""
+    """Raises OSError where there is none, AttributeError where it is too old (before 1.4)."""
     library = ctypes.CDLL(LIBRARY)
     library.nbd_create.restype = c_void_p
     library.nbd_get_error.restype = c_char_p
@@ -106,7 +104,7 @@ class Connection:
     def __init__(self, uri: str, deadline: float) -> None:
         try:
             self._library = _library()
-        except OSError as error:
+        except (OSError, AttributeError) as error:
             raise OSError(errno.ELIBACC, f"needs {LIBRARY}: install {PACKAGES}", uri) from error
         self._uri = uri
         self._handle = self._library.nbd_create()
@@ -143,11 +141,14 @@ class Connection:
         """Whether it can take another command."""
         return self._handle is not None and (self._is("nbd_aio_is_ready") or self._is("nbd_aio_is_processing"))
 
-    def read(self, deadline: float, offset: int, data: Data) -> None:
-        self._command(deadline, "nbd_aio_pread", data, len(data), offset, _NO_COMPLETION, 0)
+    def read(self, deadline: float, offset: int, view: memoryview) -> None:
+        """Straight into the memory of ``view``, of ``export.longest_data`` bytes at most; so :meth:`write`."""
+        self._command(deadline, "nbd_aio_pread", _address(view), len(view), offset, _NO_COMPLETION, 0)
 
-    def write(self, deadline: float, offset: int, data: Data) -> None:
-        self._command(deadline, "nbd_aio_pwrite", data, len(data), offset, _NO_COMPLETION, 0)
+    def write(self, deadline: float, offset: int, view: memoryview) -> None:
+        # A guest may show memory to the device for reading only; ctypes knows no address of such.
+        source = bytes(view) if view.readonly else _address(view)
+        self._command(deadline, "nbd_aio_pwrite", source, len(view), offset, _NO_COMPLETION, 0)
 
     def flush(self, deadline: float) -> None:
         self._command(deadline, "nbd_aio_flush", _NO_COMPLETION, 0)
@@ -163,7 +164,7 @@ class Connection:
 
     def _wait(self, deadline: float) -> None:
         """Let something happen on the connection; if nothing does, leave it: what comes later must land nowhere."""
-        milliseconds = max(0, int((deadline - time.monotonic()) * 1000))
+        milliseconds = max(0, math.ceil((deadline - time.monotonic()) * 1000))
         try:
             happened = self._call("nbd_poll", milliseconds)
         except InterruptedError:
@@ -179,6 +180,8 @@ class Connection:
         return self._call(name) > 0
 
     def _call(self, name: str, *arguments: object) -> int:
+        if self._handle is None:
+            raise OSError(errno.ENOTCONN, "the connection was closed", self._uri)
         result: int = getattr(self._library, name)(self._handle, *arguments)
         if result < 0:
             raise self._error()

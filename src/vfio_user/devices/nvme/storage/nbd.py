@@ -15,14 +15,13 @@ from typing import Concatenate, ParamSpec
 
 from vfio_user.devices.nvme.storage.base import SECTOR, Views
 from vfio_user.devices.nvme.storage.connections import Connections
-from vfio_user.devices.nvme.storage.libnbd import FAST_ZERO, LONGEST, NO_HOLE, Connection, Data, data_of
+from vfio_user.devices.nvme.storage.libnbd import FAST_ZERO, LONGEST, NO_HOLE, Connection
 
 TIMEOUT = 20.0
 """Seconds for a command, reconnecting included: less than the 30 after which Linux gives one up."""
 ZEROS = memoryview(bytearray(1 << 20))
 GRANULE = 64 << 10
 """Bytes of a qcow2 image's cluster, unless asked for another: of less it gives no room back."""
-NOT_FAST = {errno.EOPNOTSUPP, errno.ENOTSUP}
 CHANGES = {Connection.write, Connection.zero}
 
 logger = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class NbdStorage:
         self._export = first.export
         self.size, self.block_size = first.export.size, max(first.export.block_size, SECTOR)
         self.read_only = read_only or first.export.read_only
-        self._connections = Connections(self._reconnect, first)
+        self._connections = Connections(uri, self._reconnect, first)
         self._acquired = False
         self._flushing = threading.Lock()
         self._unflushed = False  # whether something was written since the last flush began
@@ -79,6 +78,8 @@ class NbdStorage:
                     pass
                 if not (self._export.can_flush or self.read_only):
                     logger.warning("%s: its server cannot flush: how durable it is, is the server's affair", self.name)
+            # What a flush that failed was to make durable is there still, perhaps; it is not durable.
+            self._unflushed = self._unflushed or bool(self._lost)
             self._acquired, self._lost = True, 0
 
     def release(self) -> None:
@@ -140,7 +141,7 @@ class NbdStorage:
         try:
             self._zero(offset, length, FAST_ZERO)
         except OSError as error:
-            if error.errno not in NOT_FAST:
+            if error.errno != errno.EOPNOTSUPP:
                 raise
             return False
         return True
@@ -149,10 +150,13 @@ class NbdStorage:
         for start in range(0, length, LONGEST):
             self._do(Connection.zero, offset + start, min(length - start, LONGEST), flags)
 
-    def _move(self, command: Callable[[Connection, float, int, Data], None], offset: int, data: memoryview) -> None:
+    def _move(
+        self, command: Callable[[Connection, float, int, memoryview], None], offset: int, data: memoryview
+    ) -> None:
         """Read or write ``data``, in as many commands as it takes."""
-        for start in range(0, len(data), self._export.longest_data):
-            self._do(command, offset + start, data_of(data[start : start + self._export.longest_data]))
+        longest = self._export.longest_data
+        for start in range(0, len(data), longest):
+            self._do(command, offset + start, data[start : start + longest])
 
     def _do(
         self, command: Callable[Concatenate[Connection, float, P], None], *args: P.args, **kwargs: P.kwargs
@@ -167,7 +171,7 @@ class NbdStorage:
                     if connection.alive:  # the server said so
                         raise
                     self._lose(connection, error.errno or errno.ENOTCONN)
-                    if last or time.monotonic() >= deadline:
+                    if last or isinstance(error, TimeoutError):
                         raise
                 else:
                     if command in CHANGES:
