@@ -379,6 +379,9 @@ class Nvme(Device):
         if status & 0x7FF in (Status.WRITE_FAULT, Status.UNRECOVERED_READ_ERROR):
             self.logs.health.media_errors += 1
 
+    def come_back(self) -> None:
+        self.post(self._work)
+
     def fatal(self, reason: str) -> None:
         """Nothing goes on until the host resets the controller (CSTS.CFS)."""
         logger.error("the controller failed: %s", reason)

@@ -19,6 +19,8 @@ logger = logging.getLogger("vfio_user.devices.nvme")
 
 MAX_BURST = 64
 """Commands of one queue before the others have their turn, and before interrupts are sent."""
+MAX_ROUNDS = 16
+"""Turns of all queues before the client is served again: one with shadow doorbells may never have nothing for us."""
 MAX_JOBS = 256
 """Commands that workers have, or will have: further ones wait in their queues."""
 
@@ -44,6 +46,9 @@ class Controller(Protocol):
 
     def failed(self, queue: SubmissionQueue, command: Command, status: int) -> None:
         """A command completed with an error."""
+
+    def come_back(self) -> None:
+        """Have :meth:`Executor.work` called again, after whatever else there is to do."""
 
     def fatal(self, reason: str) -> None:
         """The controller cannot go on."""
@@ -91,8 +96,10 @@ class Executor:
             return
         self._working = True
         try:
-            while self.enabled and not self.held and self._serve_all():
-                pass
+            for _ in range(MAX_ROUNDS):
+                if not self.enabled or self.held or not self._serve_all():
+                    return
+            self._controller.come_back()
         except OSError as error:
             self._controller.fatal(f"the memory of a submission queue or of doorbells is gone: {error}")
         finally:
@@ -255,14 +262,17 @@ class Executor:
         work: Work,
         *,
         namespace: Namespace | None = None,
+        ended: Callable[[], object] | None = None,
         finish: Callable[[], object] | None = None,
     ) -> Later:
-        """Have a worker do ``work``, then do ``finish`` here if it went well, and complete the command."""
+        """Have a worker do ``work``, then do ``ended`` here, and ``finish`` if it went well; complete the command."""
 
         def landed(result: int, error: BaseException | None) -> None:
             if namespace is not None:
                 namespace.busy -= 1
             del queue.busy[command.cid]
+            if ended is not None:
+                ended()
             try:
                 if error is not None:
                     raise error

@@ -93,12 +93,12 @@ class IoCommands:
         if views is None:
             buffer = memoryview(bytearray(length))
             return self._later(
-                queue, command, namespace, lambda: storage.read(offset, [buffer]), lambda: data.write(buffer)
+                queue, command, namespace, lambda: storage.read(offset, [buffer]), finish=lambda: data.write(buffer)
             )
         if storage.read_now(offset, views):
             data.written()
             return 0
-        return self._later(queue, command, namespace, lambda: storage.read(offset, views), data.written)
+        return self._later(queue, command, namespace, lambda: storage.read(offset, views), ended=data.written)
 
     def _write(self, queue: SubmissionQueue, command: Command) -> int | Later:
         namespace = self._writable(command)
@@ -188,13 +188,15 @@ class IoCommands:
         command: Command,
         namespace: Namespace | None,
         work: Callable[[], object],
+        *,
+        ended: Callable[[], object] | None = None,
         finish: Callable[[], object] | None = None,
     ) -> Later:
         def worked() -> int:
             work()
             return 0
 
-        return self._executor.later(queue, command, worked, namespace=namespace, finish=finish)
+        return self._executor.later(queue, command, worked, namespace=namespace, ended=ended, finish=finish)
 
 
 def _write_durably(storage: Storage, offset: int, views: Views) -> None:

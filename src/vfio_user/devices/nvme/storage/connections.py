@@ -14,7 +14,6 @@ MOST = 4
 """Connections, to a server that allows several."""
 EXTRA_TIMEOUT = 1.0
 """Seconds to wait for a further one: qemu-nbd, for one, may have promised more than it then serves."""
-GOODBYE_TIMEOUT = 1.0
 
 
 class Connections:
@@ -117,16 +116,6 @@ class Connections:
         idle, self._idle = self._idle, []
         self._end(idle)
         self._changed.notify_all()
-
-    def disconnect(self, deadline: float) -> None:
-        """Take leave of the server."""
-        with self._changed:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.disconnect(min(deadline, time.monotonic() + GOODBYE_TIMEOUT))
-        with self._changed:
-            self._end(idle)
-            self._changed.notify_all()
 
     def close(self) -> None:
         """End, without waiting for anyone: those that are lent end when they come back."""

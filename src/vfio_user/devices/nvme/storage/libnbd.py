@@ -12,6 +12,7 @@ import errno
 import functools
 import math
 import os
+import re
 import time
 from ctypes import c_char_p, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -45,7 +46,6 @@ _PROTOTYPES: dict[str, tuple[object, tuple[object, ...]]] = {
     "nbd_poll": (c_int, (c_int,)),
     "nbd_aio_is_ready": (c_int, ()),
     "nbd_aio_is_processing": (c_int, ()),
-    "nbd_aio_is_closed": (c_int, ()),
     "nbd_aio_command_completed": (c_int, (c_uint64,)),
     "nbd_get_size": (c_int64, ()),
     "nbd_get_block_size": (c_int64, (c_int,)),
@@ -190,18 +190,13 @@ class Connection:
     def _error(self) -> OSError:
         """What libnbd says of this thread's last call."""
         text = (self._library.nbd_get_error() or b"failed").decode(errors="replace")
-        return OSError(self._library.nbd_get_errno() or errno.EIO, text, self._uri)
-
-    def disconnect(self, deadline: float) -> None:
-        """Tell the server that no more comes, and leave it."""
-        with contextlib.suppress(OSError):
-            self._call("nbd_aio_disconnect", 0)
-            while not self._is("nbd_aio_is_closed"):
-                self._wait(deadline)
-        self.close()
+        # It begins with the name of the function, which tells nobody anything.
+        return OSError(self._library.nbd_get_errno() or errno.EIO, re.sub(r"^nbd_\w+: ", "", text), self._uri)
 
     def close(self) -> None:
-        """Leave the server without a word, which loses nothing that was answered. Closed twice changes nothing."""
-        handle, self._handle = self._handle, None
-        if handle:
-            self._library.nbd_close(handle)
+        """Take leave of the server, without waiting for it. Closed twice changes nothing."""
+        if self._handle is not None:
+            with contextlib.suppress(OSError):
+                self._call("nbd_aio_disconnect", 0)
+            self._library.nbd_close(self._handle)
+            self._handle = None

@@ -84,8 +84,7 @@ class NbdStorage:
 
     def release(self) -> None:
         if self._acquired:
-            self.flush()
-            self._connections.disconnect(self._deadline())
+            self.flush()  # Connected it stays: qemu-nbd ends with its last client, unless told otherwise.
             self._acquired = False
 
     def read_now(self, offset: int, views: Views) -> bool:
