@@ -252,7 +252,8 @@ class AdminCommands:
         targets = list(self._controller.namespaces.values()) if everything else [self._namespace(command)]
         for namespace in targets:
             check(not namespace.storage.read_only, Status.NAMESPACE_WRITE_PROTECTED)
-            check(not namespace.storage.size % BLOCK_SIZES[number], Status.INVALID_FORMAT)
+            size, least = namespace.storage.size, namespace.storage.block_size
+            check(not size % BLOCK_SIZES[number] and not BLOCK_SIZES[number] % least, Status.INVALID_FORMAT)
         for namespace in targets:
             namespace.formatting = True
 

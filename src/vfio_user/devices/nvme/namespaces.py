@@ -35,6 +35,8 @@ class Namespace:
             raise ValueError(f"blocks of {block_size} bytes: there are {' and '.join(map(str, BLOCK_SIZES))}")
         if not self.storage.size or self.storage.size % block_size:
             raise ValueError(f"{self.storage.name}: {self.storage.size} bytes are no whole blocks of {block_size}")
+        if block_size % self.storage.block_size:
+            raise ValueError(f"{self.storage.name}: it wants blocks of {self.storage.block_size} bytes: -o block_size=")
         self.block_size = block_size
         self.blocks = self.storage.size // block_size
 

@@ -71,6 +71,7 @@ class FileStorage:
         self._fd = self._file.fileno()
         self._acquired = False
         self._flushing = threading.Lock()
+        self._syncs_begun = self._syncs_done = 0
         self._lost = 0  # the errno of the flush that failed
         self._reads_now = self._writes_now = True  # until the file system says that it does not know RWF_NOWAIT
         self._held_back_until = 0.0
@@ -157,15 +158,22 @@ class FileStorage:
 
     def flush(self) -> None:
         # One at a time: the kernel tells of a failure once, to whoever asks first, and nobody may miss that.
+        begun = self._syncs_begun
         with self._flushing:
             if self._lost:
                 raise OSError(self._lost, "what was written before is lost: a flush failed", self.name)
-            try:
-                os.fdatasync(self._fd)
-            except OSError as error:
-                # The kernel takes the pages that it could not write for clean now: a second try would succeed.
-                self._lost = error.errno or errno.EIO
-                raise
+            if self._syncs_done <= begun:  # else one that began after this was asked for has done it
+                self._sync()
+
+    def _sync(self) -> None:
+        self._syncs_begun += 1
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            # The kernel takes the pages that it could not write for clean now: a second try would succeed.
+            self._lost = error.errno or errno.EIO
+            raise
+        self._syncs_done = self._syncs_begun
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         self._check_writable()
