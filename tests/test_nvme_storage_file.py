@@ -252,14 +252,26 @@ class TestNow:
             assert read(storage, 0, 4 * KIB) == data(SIZE)[: 4 * KIB]
 
     @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS])
-    def test_a_file_system_that_cannot_tell_is_asked_once(
+    def test_a_file_system_that_cannot_tell_is_asked_once_and_then_looked_at(
         self, image: str, monkeypatch: pytest.MonkeyPatch, number: int
     ) -> None:
+        """What is in memory is read at once, what is not is left to others."""
+        there = [False, True]
+        monkeypatch.setattr(kernel.Residence, "all_there", lambda *_: there.pop(0))
         with acquired(image) as storage:
-            answers = [OSError(number, "what?")]
+            answers: list[int | OSError] = [OSError(number, "what?"), 512]
             monkeypatch.setattr(os, "preadv", lambda *_: _answer(answers.pop(0)))
-            assert [storage.read_now(0, views([512])) for _ in range(3)] == [False] * 3
+            assert [storage.read_now(0, views([512])) for _ in range(3)] == [False, False, True]
             assert not answers
+            assert not there
+
+    def test_what_is_in_memory_is_there(self, image: str) -> None:
+        """A file that was just written is; a hole of it that nobody read is only where the file system says so."""
+        Path(image).write_bytes(data(64 * KIB, 1))
+        with open(image, "rb") as file:
+            residence = kernel.Residence(file.fileno(), 64 * KIB)
+            assert residence.all_there(0, 64 * KIB)
+            assert residence.all_there(512, 1024)
 
     def test_small_writes(self, image: str) -> None:
         """At once or not: afterwards they are there."""

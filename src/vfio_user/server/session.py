@@ -150,13 +150,25 @@ class Session:
             else:
                 self._receive_bytes(0)
             return
+        self._receive_among_watches()
+
+    def _receive_among_watches(self) -> bool:
+        """Wait for any descriptor. True where more came of it than bytes of the client's."""
+        ready = self._wait()
+        only_client = len(ready) == 1 and ready[0][0] == self._channel.fileno()
+        if only_client or self._serve_watches(ready):
+            with contextlib.suppress(BlockingIOError):  # taken already, while a watch's callback awaited DMA
+                return self._channel.receive(_DONTWAIT) or not only_client
+        return True
+
+    def _wait(self) -> list[tuple[int, int]]:
+        """The descriptors that are ready, as soon as one is."""
         if self._spin:
             until = time.perf_counter() + self._spin
-            while not self._epoll.poll(0) and time.perf_counter() < until:
-                pass
-        if self._poll_watches(-1):
-            with contextlib.suppress(BlockingIOError):  # taken already, while a watch's callback awaited DMA
-                self._channel.receive(_DONTWAIT)
+            while time.perf_counter() < until:
+                if ready := self._epoll.poll(0):
+                    return ready
+        return self._epoll.poll()
 
     def _spin_and_receive(self, flags: int) -> bool:
         """Adaptive poll: look for the next bytes for a while before sleeping."""
@@ -171,13 +183,16 @@ class Session:
 
     def _poll_watches(self, timeout: float) -> bool:
         """Wait for any descriptor and serve those that the backend watches. True if the client's is ready."""
+        return self._serve_watches(self._epoll.poll(timeout))
+
+    def _serve_watches(self, ready: list[tuple[int, int]]) -> bool:
         own = self._channel.fileno()
         readable = False
-        for fd, _ in self._epoll.poll(timeout):
+        for fd, _ in ready:
             if fd == own:
                 readable = True
-            elif (ready := self._watches.get(fd)) is not None:
-                self._run(ready)
+            elif (callback := self._watches.get(fd)) is not None:
+                self._run(callback)
                 self._work()
             else:
                 _drain(fd)
@@ -212,7 +227,6 @@ class Session:
         framer = self._framer
         context = self._context
         backend = self._backend
-        receive = self._receive_bytes
         send = self._channel.send_small
         most = context.limits.data_xfer_size
         handled = 0
@@ -221,7 +235,9 @@ class Session:
         while framer.buffer is buffer:
             start = framer.start
             if framer.end - start < _ACCESS_SIZE:
-                if framer.end != start or not wait or self._watches or receive(0):
+                if framer.end != start or not wait:
+                    break
+                if self._receive_among_watches() if self._watches else self._receive_bytes(0):
                     break
                 continue
             msg_id, command, size, flags, _, offset, region, count = _ACCESS.unpack_from(buffer, start)

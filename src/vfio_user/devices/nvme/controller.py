@@ -245,9 +245,10 @@ class Nvme(Device):
         queue, which = divmod(offset - DOORBELLS, STRIDE)
         if bar or queue < 0 or len(data) != 4 or which not in (0, HEAD) or not self.executor.enabled:
             return
-        if self.executor.ring(queue, int.from_bytes(data, "little"), head=which == HEAD):
-            if which == HEAD and self.irq.asserted:
-                self._set_pin()
+        to_do = self.executor.ring(queue, int.from_bytes(data, "little"), head=which == HEAD)
+        if which == HEAD and self.irq.asserted:
+            self._set_pin()
+        if to_do:
             self.defer(self._work)
 
     def _work(self) -> None:
@@ -308,10 +309,11 @@ class Nvme(Device):
         self.executor.burst = MAX_BURST
         self.interrupt_mask = 0
         self._set_pin()
+        self.csts = status | self.csts & (ControllerStatus.NSSRO | ControllerStatus.RDY)
 
         def reset() -> None:
             self._release()
-            self.csts = status | self.csts & ControllerStatus.NSSRO
+            self.csts &= ~ControllerStatus.RDY
 
         self.executor.when(self.executor.idle, reset)
 
@@ -331,7 +333,8 @@ class Nvme(Device):
         def flushed(result: int, error: BaseException | None) -> None:
             if error is not None:
                 logger.error("what was written is not safe: %s", error)
-            self.csts = self.csts & ~ControllerStatus.SHST | ControllerStatus.SHST_COMPLETE
+            if self.csts & ControllerStatus.SHST_OCCURRING:  # a reset may have come in between
+                self.csts = self.csts & ~ControllerStatus.SHST | ControllerStatus.SHST_COMPLETE
 
         self.executor.workers.start(flush, flushed)
 
@@ -371,7 +374,7 @@ class Nvme(Device):
             return
         if self.executor.pin:
             self._set_pin()
-        elif self.config.msix_enabled or not self.interrupt_mask >> queue.vector & 1:
+        elif not self.interrupt_mask >> queue.vector & 1 or self.config.msix_enabled:
             self.irq.trigger(queue.vector)
 
     def failed(self, queue: SubmissionQueue, command: Command, status: int) -> None:

@@ -108,8 +108,11 @@ class Executor:
 
     def _serve_all(self) -> bool:
         """A burst of every queue in turn (4.13, round robin). False: there is nothing to be done now."""
-        served = [self._serve(queue) for queue in tuple(self.submissions.values())]
-        return any(served)
+        served = False
+        for queue in tuple(self.submissions.values()):
+            if queue.head != queue.tail or self.doorbells is not None:
+                served |= self._serve(queue)
+        return served
 
     def _serve(self, queue: SubmissionQueue) -> bool:
         """A burst of commands of one queue. False: there is nothing to be done now."""
@@ -179,21 +182,24 @@ class Executor:
     def ring(self, number: int, value: int, *, head: bool) -> bool:
         """A doorbell register is written: the head of a completion queue, or the tail of a submission queue.
 
-        False where that is nothing to be followed by :meth:`work`.
+        False where that is nothing to be followed by :meth:`work`: it cannot be, or nobody waited for the place that
+        the host made.
         """
         queue = (self.completions if head else self.submissions).get(number)
+        places = queue.room if isinstance(queue, CompletionQueue) else 0
         if queue is None:
             self._controller.invalid_doorbell(AsyncEvent.INVALID_DOORBELL_REGISTER)
         elif not (queue.take_head(value) if isinstance(queue, CompletionQueue) else queue.take_tail(value)):
             self._controller.invalid_doorbell(AsyncEvent.INVALID_DOORBELL_VALUE)
         else:
-            return True
+            return places < 2 or self.doorbells is not None  # two fused commands need two places
         return False
 
     def mirror(self, doorbells: DoorbellBuffers) -> None:
         """The host writes doorbells into memory from now on; those of queues that exist already go on from where they
         are, whatever is in that memory. Raises OSError.
         """
+        doorbells.look_on(0, 0)  # the admin queue's, of which nobody makes use: is there such memory?
         for number, queue in self.submissions.items():
             if number:
                 doorbells.write(tail_of(number), queue.tail)

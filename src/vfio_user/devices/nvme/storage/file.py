@@ -73,7 +73,8 @@ class FileStorage:
         self._flushing = threading.Lock()
         self._syncs_begun = self._syncs_done = 0
         self._lost = 0  # the errno of the flush that failed
-        self._reads_now = self._writes_now = True  # until the file system says that it does not know RWF_NOWAIT
+        self._residence: kernel.Residence | None = None
+        self._writes_now = True  # until the file system says that it does not know RWF_NOWAIT
         self._held_back_until = 0.0
         self._unknown_modes: set[int] = set()
 
@@ -115,10 +116,15 @@ class FileStorage:
         self._acquired = False
 
     def read_now(self, offset: int, views: Views) -> bool:
+        """As the contract says; tmpfs and overlayfs cannot tell, and are looked at page by page."""
+        length = sum(map(len, views))
         try:
-            return self._reads_now and os.preadv(self._fd, views, offset, os.RWF_NOWAIT) == sum(map(len, views))
+            if self._residence is None:
+                return os.preadv(self._fd, views, offset, os.RWF_NOWAIT) == length
+            return self._residence.all_there(offset, length) and os.preadv(self._fd, views, offset) == length
         except OSError as error:
-            self._reads_now = error.errno not in UNKNOWN
+            if error.errno in UNKNOWN:
+                self._residence = kernel.Residence(self._fd, self.size)
             return False
 
     def read(self, offset: int, views: Views) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import struct
 
@@ -14,6 +15,9 @@ KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate  # the first takes 64-bit offsets wherever it is
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+_mincore = _libc.mincore
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 
 _FLOCK = "hhqqi0q"
 """struct flock of fcntl.h: type, whence, start, length, pid."""
@@ -25,6 +29,24 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+class Residence:
+    """Which pages of a file are in memory, by mincore(2): of a mapping that is never read, so nothing can happen to it.
+
+    Of another user's file that may not be written the kernel says that all of it is.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._mapping = mmap.mmap(fd, size, mmap.MAP_PRIVATE)  # writable in name: or ctypes would not take it
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+
+    def all_there(self, offset: int, length: int) -> bool:
+        """Whether reading this would take no waiting."""
+        start = offset & -mmap.PAGESIZE
+        pages = -(-(offset + length - start) // mmap.PAGESIZE)
+        states = ctypes.create_string_buffer(pages)
+        return _mincore(self._address + start, offset + length - start, states) == 0 and b"\0" not in states.raw
 
 
 def lock(fd: int, *, exclusive: bool) -> None:
