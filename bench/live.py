@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from mmap import mmap
 from pathlib import Path
 
-from bench.harness import BenchError, running, wait_for_socket
+from bench.harness import BenchError, pinned, placements, running, wait_for_socket
 from vfio_user.client import Client
 from vfio_user.devices import edu
 from vfio_user.errors import MigrationError
@@ -43,12 +43,12 @@ def memory(size: int, fill: bytes = b"") -> tuple[OwnedFd, memoryview]:
 
 
 @contextmanager
-def partner(role: str) -> Iterator[socket.socket]:
+def partner(role: str, core: int | None = None) -> Iterator[socket.socket]:
     """A process of its own that runs :func:`main` with ``role``, at the other end of a socket."""
     ours, theirs = socket.socketpair()
     with ours:
         command = [sys.executable, "-m", "bench.live", role, str(theirs.fileno())]
-        with theirs:
+        with theirs, pinned(core) if core is not None else nullcontext():
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         try:
             yield ours
@@ -60,12 +60,18 @@ def partner(role: str) -> Iterator[socket.socket]:
 
 @contextmanager
 def rounds_of_memory() -> Iterator[tuple[Callable[[], float], Callable[[], float]]]:
-    """MiB per second of a round in which all memory is dirty: through a migration, and as bytes on a socket."""
+    """MiB per second of a round in which all memory is dirty: through a migration, and as bytes on a socket.
+
+    Each end has a core of its own, if there are two: they belong to different hosts.
+    """
+    one, two = placements()
+    place = two or one
     _, content = memory(MEMORY, os.urandom(MIB))
     with ExitStack() as stack:
-        remote = RemoteDestination(SocketPipe(stack.enter_context(partner("receive"))))
+        stack.enter_context(pinned(place.client))
+        remote = RemoteDestination(SocketPipe(stack.enter_context(partner("receive", place.server))))
         stack.callback(remote.abort)
-        plain = stack.enter_context(partner("plain"))
+        plain = stack.enter_context(partner("plain", place.server))
         remote.check(Offer([], [(0, MEMORY)]))
         remote.begin()
 

@@ -28,7 +28,7 @@ from vfio_user.wire.capabilities import (
     pack_capabilities,
     parse_capabilities,
 )
-from vfio_user.wire.commands import COMMANDS, Role, Tail, command_name
+from vfio_user.wire.commands import COMMANDS, CONTROL_COMMANDS, Role, Tail, command_name
 from vfio_user.wire.constants import (
     DEFAULT_DATA_XFER_SIZE,
     DEFAULT_DMA_MAPS,
@@ -40,6 +40,7 @@ from vfio_user.wire.constants import (
     VERSION_MAJOR,
     VERSION_MINOR,
     Command,
+    ControlCommand,
     DeviceFeature,
     DeviceState,
     DmaFlags,
@@ -80,7 +81,7 @@ PROPOSAL = Capabilities(
 class Request(NamedTuple):
     """One command to send; ``fds`` stay the caller's."""
 
-    command: Command
+    command: Command | ControlCommand
     parts: Sequence[m.Buffer] = ()
     fds: Sequence[int] = ()
     posted: bool = False
@@ -112,7 +113,8 @@ class ClientCore:
         self._proposal = proposal
         self._max_write = max_write
         longest = max(proposal.data_xfer_size, MAX_INFO_ARGSZ)
-        self.connection = Connection(Role.CLIENT, longest + HEADER_SIZE + _MARGIN)
+        commands = CONTROL_COMMANDS if proposal.has_control else COMMANDS
+        self.connection = Connection(Role.CLIENT, longest + HEADER_SIZE + _MARGIN, commands)
         self.twin_socket: socket.socket | None = None
         self.memory = RegisteredMemory()
         self.version = (VERSION_MAJOR, VERSION_MINOR)
@@ -128,7 +130,7 @@ class ClientCore:
         if message.is_error:
             known = 0 < message.error <= MAX_ERRNO
             raise CommandError(message.error if known else errno.EINVAL, command_name(message.command))
-        row = COMMANDS[message.command]
+        row = self.connection.commands[message.command]
         least, came = row.reply.LAYOUT.size, len(message.payload)
         if came < least or (came > least and row.reply_tail is Tail.NONE):
             raise MessageError(f"{row.command.name} answered with {came} bytes instead of {least}")
@@ -157,6 +159,8 @@ class ClientCore:
             raise NegotiationError(f"the server answers with version {answer.major}.{answer.minor}")
         self.version = (answer.major, answer.minor)
         self.capabilities = parse_capabilities(bytes(reply.payload[m.Version.LAYOUT.size :])) or Capabilities()
+        if self._proposal.has_control and not self.capabilities.has_control:
+            raise NegotiationError("this is no control socket: it does not grant x_control")
         self._take_twin_socket(reply)
         self.connection.negotiated = True
 
@@ -455,9 +459,13 @@ class ClientCore:
         return done
 
     def migration_write_data(self, data: memoryview) -> Call[None]:
+        """One MIG_DATA_WRITE for each part, pipelined: a guest may stand still meanwhile."""
+        requests = []
         for start, size in self._chunks(len(data), self._write_limit):
             head = m.MigData(m.MigData.LAYOUT.size + size, size).pack()
-            yield from _one(Request(Command.MIG_DATA_WRITE, (head, data[start : start + size])))
+            requests.append(Request(Command.MIG_DATA_WRITE, (head, data[start : start + size])))
+        for start, size in self._chunks(len(requests), WINDOW):
+            yield requests[start : start + size]
 
     def dma_logging_start(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> Call[int]:
         data = b"".join(

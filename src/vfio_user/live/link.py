@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from vfio_user.errors import CallTimeoutError, ConnectionClosedError, MigrationError, StreamError
 from vfio_user.live import stream
 from vfio_user.live.pipes import Pipe
-from vfio_user.live.stream import Codec, Kind, Octets, Record
+from vfio_user.live.stream import LARGE, MAX_PAYLOAD, MAX_TORN, Codec, Kind, Octets, Record
 
 LAST_WORDS = 2.0
 """Seconds for saying, and for hearing, why it ended."""
@@ -52,6 +52,9 @@ class Link:
         self._timeout = timeout
         self._token = token
         self._hailed = False
+        self._exposed: list[tuple[int, memoryview]] = []  # memory that was sent as it lies there
+        self.torn: set[int] = set()
+        """What SETTLED will say next."""
 
     def send(self, *records: list[Octets], within: float | None = None) -> None:
         buffers = [buffer for record in records for buffer in record]
@@ -116,9 +119,30 @@ class SourceLink(Link):
             raise
 
     def tell_memory(self, address: int, data: memoryview, codec: Codec | None) -> None:
-        """Send guest memory, at most MAX_PAYLOAD of it."""
-        whole = bytes(data)  # the guest may write meanwhile: the sum must be of what goes
-        self.tell(*stream.pack_memory(address, whole, codec))
+        """Send guest memory, at most MAX_PAYLOAD of it. The guest may write meanwhile, and until it is settled."""
+        if len(self._exposed) > MAX_TORN - MAX_PAYLOAD // LARGE:
+            self.settle(0, codec)
+        self.tell(*stream.pack_memory(address, data, codec, self._exposed))
+
+    def settle(self, number: int, codec: Codec | None) -> None:
+        """Return when all memory has arrived whole: what was written to on its way is sent again, as a copy."""
+        torn = self._missing(number)
+        sent, self._exposed = self._exposed, []
+        if not torn:
+            return
+        for address, data in sent:
+            if address in torn:
+                self.tell(stream.pack_bulk(Kind.MEMORY, bytes(data), codec, address=address))
+        if damaged := torn.difference(address for address, _ in sent) | self._missing(number):
+            raise StreamError(f"memory at {min(damaged):#x} is damaged on its way")
+
+    def _missing(self, number: int) -> frozenset[int]:
+        """Where memory came torn since this was asked before."""
+        return frozenset(self.ask(Kind.SETTLE, Kind.SETTLED, number=number).addresses)
+
+    def forget(self) -> None:
+        """Keep no guest memory any more."""
+        self._exposed = []
 
 
 def _answered(record: Record, expected: Kind | None, number: int = 0) -> Record:

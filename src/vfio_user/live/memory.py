@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bitarray import bitarray
-from bitarray.util import intervals
+from bitarray.util import intervals, zeros
+
+from vfio_user.wire.constants import PAGE_SIZE
 
 PIECE = 1 << 20
 """Most bytes that go at once."""
@@ -86,6 +88,33 @@ class DirtyMemory:
             if value:
                 for start in range(first, stop, most):
                     yield start, min(start + most, stop)
+
+
+class TornMemory:
+    """Pages of guest memory that came torn, and have not come whole since. A region is its (address, size)."""
+
+    def __init__(self) -> None:
+        self._torn: dict[tuple[int, int], bitarray] = {}  # a bit for each page; regions without such a page have none
+
+    @property
+    def first(self) -> int | None:
+        """Where there is such a page."""
+        return next((address + pages.find(True) * PAGE_SIZE for (address, _), pages in self._torn.items()), None)
+
+    def add(self, region: tuple[int, int], address: int, size: int) -> None:
+        """[address, address + size) of ``region`` came torn."""
+        pages = self._torn.setdefault(region, zeros(-(-region[1] // PAGE_SIZE)))
+        start = address - region[0]
+        pages[start // PAGE_SIZE : -(-(start + size) // PAGE_SIZE)] = True
+
+    def heal(self, region: tuple[int, int], address: int, size: int) -> None:
+        """[address, address + size) of ``region`` came whole. What is left of a page at either end does not count."""
+        if (pages := self._torn.get(region)) is None:
+            return
+        start, end = address - region[0], address - region[0] + size
+        pages[-(-start // PAGE_SIZE) : len(pages) if end == region[1] else end // PAGE_SIZE] = False
+        if not pages.any():
+            del self._torn[region]
 
 
 def place(regions: Sequence[MemoryRegion], address: int, size: int) -> memoryview:

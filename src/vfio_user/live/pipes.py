@@ -14,15 +14,16 @@ import socket
 import ssl
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from vfio_user.errors import CallTimeoutError, ConnectionClosedError, UsageError
 from vfio_user.fds import OwnedFd
 from vfio_user.transport.ancillary import skip_sent
 
 Octets = bytes | bytearray | memoryview
+_T = TypeVar("_T")
 
 _MOST_BUFFERS = 512
 """Of one system call; Linux takes 1024."""
@@ -59,8 +60,7 @@ class Pipe(ABC):
         rest = [memoryview(buffer) for buffer in buffers]
         while rest:
             try:
-                with self._translated("sending"):
-                    count = self._write(rest[:_MOST_BUFFERS])
+                count = self._tried("sending", self._write, rest[:_MOST_BUFFERS])
             except _NotNowError as later:
                 later.wait(deadline, "the other side takes nothing")
                 continue
@@ -71,16 +71,14 @@ class Pipe(ABC):
         """Put what comes next into ``space``, at least one byte; 0 at the end of the stream."""
         while True:
             try:
-                with self._translated("receiving"):
-                    return self._read(space)
+                return self._tried("receiving", self._read, space)
             except _NotNowError as later:
                 later.wait(deadline, "nothing comes from the other side")
 
     def receive_now(self, space: memoryview) -> int | None:
         """As :meth:`receive`; None if nothing is there now."""
         try:
-            with self._translated("receiving"):
-                return self._read(space)
+            return self._tried("receiving", self._read, space)
         except _NotNowError:
             return None
 
@@ -101,12 +99,11 @@ class Pipe(ABC):
     ) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
+    def _tried(self, what: str, call: Callable[[_T], int], argument: _T) -> int:
         if self.closed:
             raise ConnectionClosedError("the pipe is closed")
         try:
-            yield
+            return call(argument)
         except OSError as error:
             raise ConnectionClosedError(f"{what}: {error.strerror or error}") from error
 

@@ -26,10 +26,12 @@ from vfio_user.errors import MigrationError, StreamError, VfioUserError
 from vfio_user.live import stream
 from vfio_user.live.destination import Destination, UnconfirmedError
 from vfio_user.live.link import LAST_WORDS, FailedError, Lane, Link, SourceLink
+from vfio_user.live.memory import TornMemory
 from vfio_user.live.offer import MAX_DEVICES, MAX_MEMORY_REGIONS, Offer
 from vfio_user.live.pipes import Pipe
 from vfio_user.live.stream import (
     MAX_PAYLOAD,
+    MAX_TORN,
     ORDER,
     ORDER_BESIDE,
     Acceptance,
@@ -114,10 +116,10 @@ class RemoteDestination:
 
     def settle(self) -> None:
         self._settled = (self._settled + 1) % (1 << 32)
-        for lane, link in zip(self._lanes, self._beside, strict=True):
-            lane.submit(partial(link.ask, Kind.SETTLE, Kind.SETTLED, number=self._settled))
+        for lane, link, codec in zip(self._lanes, self._beside, self._codecs[1:], strict=True):
+            lane.submit(link.settle, self._settled, codec)
         with self._working():
-            self._link.ask(Kind.SETTLE, Kind.SETTLED, number=self._settled)
+            self._link.settle(self._settled, self._codecs[0])
         for lane in self._lanes:
             lane.finish()
 
@@ -166,6 +168,8 @@ class RemoteDestination:
         self._pipe.close()
         for lane in self._lanes:
             lane.close()
+        for link in (self._link, *self._beside):
+            link.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -240,6 +244,7 @@ class _Receiver:
         self._memory_pipes = memory_pipes
         self._lanes: list[Lane] = []
         self._counting = threading.Lock()
+        self._torn = TornMemory()
         self._destination = destination
         self._state = State.OPEN
         self._began = False
@@ -248,10 +253,10 @@ class _Receiver:
         self._handlers: dict[Kind, Callable[[Record], None]] = {
             Kind.OFFER: self._check,
             Kind.BEGIN: self._begin,
-            Kind.MEMORY: self._memory,
+            Kind.MEMORY: partial(self._memory, self._link),
             Kind.ZERO: self._zero,
             Kind.DEVICE: self._device,
-            Kind.SETTLE: self._settle,
+            Kind.SETTLE: partial(self._settle, self._link),
             Kind.LOAD: self._load,
             Kind.START: self._start,
             Kind.ABORT: self._abort,
@@ -314,9 +319,9 @@ class _Receiver:
     def _receive_memory(self, link: Link) -> None:
         """What a thread does with a pipe of memory alone, until that ends well."""
         handlers: dict[Kind, Callable[[Record], None]] = {
-            Kind.MEMORY: self._memory,
+            Kind.MEMORY: partial(self._memory, link),
             Kind.ZERO: self._zero,
-            Kind.SETTLE: partial(self._settle, link=link),
+            Kind.SETTLE: partial(self._settle, link),
         }
         state = State.FILLING
         try:
@@ -333,8 +338,15 @@ class _Receiver:
         for lane in self._lanes:
             lane.close()
 
-    def _memory(self, record: Record) -> None:
-        self._write_memory(record, record.payload)
+    def _memory(self, link: Link, record: Record) -> None:
+        if not record.torn:
+            self._write_memory(record, record.payload)
+            return
+        link.torn.add(record.address)
+        if len(link.torn) > MAX_TORN:
+            raise StreamError(f"more than {MAX_TORN} records of memory came torn")
+        with self._counting:
+            self._torn.add(self._region(record), record.address, record.size)
 
     def _zero(self, record: Record) -> None:
         self._write_memory(record, _ZEROS[: record.size])
@@ -342,12 +354,19 @@ class _Receiver:
             self._arrival.zero_bytes += record.size
 
     def _write_memory(self, record: Record, data: memoryview) -> None:
-        start, end = record.address, record.address + record.size
-        if not any(first <= start and end <= first + size for first, size in self._offer.memory):
-            raise StreamError(f"{record.size:#x} bytes at {start:#x} are not inside the guest's memory")
-        self._destination.write_memory(start, data)
+        region = self._region(record)
+        self._destination.write_memory(record.address, data)
         with self._counting:
+            self._torn.heal(region, record.address, record.size)
             self._arrival.memory_bytes += record.size
+
+    def _region(self, record: Record) -> tuple[int, int]:
+        """The (address, size) of the memory that was offered and has that of the record inside."""
+        start, end = record.address, record.address + record.size
+        for first, size in self._offer.memory:
+            if first <= start and end <= first + size:
+                return first, size
+        raise StreamError(f"{record.size:#x} bytes at {start:#x} are not inside the guest's memory")
 
     def _device(self, record: Record) -> None:
         if record.number >= len(self._offer.devices):
@@ -355,13 +374,16 @@ class _Receiver:
         self._destination.write_device(record.number, record.payload)
         self._arrival.device_bytes += record.size
 
-    def _settle(self, record: Record, link: Link | None = None) -> None:
+    def _settle(self, link: Link, record: Record) -> None:
         self._destination.settle()
-        (link or self._link).send(stream.pack(Kind.SETTLED, number=record.number))
+        torn, link.torn = link.torn, set()
+        link.send(stream.pack_settled(record.number, torn))
 
     def _load(self, record: Record) -> None:
         for lane in self._lanes:
             lane.finish()
+        if (torn := self._torn.first) is not None:
+            raise StreamError(f"memory at {torn:#x} came torn, and did not come again")
         self._destination.load()
         self._link.send(stream.pack(Kind.LOADED))
 

@@ -12,8 +12,9 @@ from vfio_user.live.memory import DeviceLog, MemoryRegion
 from vfio_user.live.offer import DeviceOffer, Offer, check_state
 from vfio_user.wire.constants import PAGE_SIZE, DeviceFeature, DeviceState, MigrationFlags
 
-CHUNK = 1 << 20
-"""Bytes of a migration stream that are read at once."""
+CHUNK = 2 << 20
+"""Bytes of a migration stream that are read at once, and then written: of two messages, the destination has the second
+when it is done with the first."""
 AHEAD = 256 << 20
 """Bytes that one device may send ahead in a round: one that has new data faster than they move would never end it."""
 

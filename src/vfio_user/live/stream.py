@@ -1,9 +1,7 @@
 """A migration as bytes: what goes through a pipe between two hosts, and how it is checked.
 
-All integers are little-endian, nothing is padded; a CRC-32 is zlib's. That of a payload is taken of its blocks of 64
-KiB, the last one filled up with zeros, XORed with each other; of one that fits into a block, of the payload itself. (A
-CRC-32 of all of it takes longer than a socket takes to move it; this one takes a fifth.) Each direction begins with a
-preamble, then come records::
+All integers are little-endian, nothing is padded; a CRC-32 is zlib's. Each direction begins with a preamble, then come
+records::
 
     preamble, 32 bytes
      0  8s   magic           89 "VFLIVE" 0A
@@ -19,9 +17,14 @@ preamble, then come records::
      8  u64  address         of guest memory; 0 elsewhere
     16  u32  size            in bytes, of the payload before compression; of ZERO, of the memory that it stands for
     20  u32  length          of the payload as it follows, in bytes
-    24  u32  CRC-32          of the payload as it follows, see above
+    24  u32  CRC-32          of the payload as it follows
     28  u32  CRC-32          of bytes 0-27
     32       payload
+
+MEMORY that is not compressed may be summed up and sent as it lies there: to copy it first would cost as much again. The
+guest may write in between. Then the sum is wrong, and the destination, which cannot tell that from damage on the way,
+takes nothing of such a torn record. SETTLED names it, and the source sends a copy; all must have come whole before
+LOAD. Any other wrong sum ends the migration at once.
 
 ``RULES`` says what each kind carries, ``ORDER`` what may come when in the first pipe, ``ORDER_BESIDE`` in the others,
 from BEGUN on; these end before LOAD. The source sends the kinds below 0x100, the
@@ -31,8 +34,7 @@ destination answers by the others. Nothing follows END, ABORT, or an answer of R
 from __future__ import annotations
 
 import struct
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from importlib import import_module
@@ -40,15 +42,19 @@ from itertools import groupby
 from typing import NamedTuple
 
 import msgspec
-from bitarray import bitarray
 
 from vfio_user.errors import StreamError, UsageError
 from vfio_user.live.offer import MAX_DEVICES, Offer
+from vfio_user.migration.checksum import crc32
 
 MAGIC = b"\x89VFLIVE\n"
 FORMAT_VERSION = 1
 MAX_PAYLOAD = 1 << 20
 """Most bytes of memory, or of a device's stream, in one record."""
+MAX_TORN = 4096
+"""Most records that a pipe carries between two SETTLE and that may come torn."""
+LARGE = 64 << 10
+"""Bytes from which on a copy of memory costs more than to send again what comes torn."""
 MAX_JSON = 64 << 10
 MAX_TEXT = 4 << 10
 
@@ -61,8 +67,6 @@ _CRC = struct.Struct("<I")
 HEADER_SIZE = _HEADER.size + _CRC.size
 PREAMBLE_SIZE = _PREAMBLE.size + _CRC.size
 
-_BLOCK = 64 << 10
-"""Bytes of which a CRC-32 is taken at most."""
 _PAGE = bytes(4096)
 """What is looked for when memory is sent."""
 _SAVES = 0.9
@@ -123,7 +127,7 @@ RULES = {
     Kind.ABORT: Rule(),
     Kind.ACCEPT: Rule(range(MAX_JSON + 1)),  # Acceptance as JSON
     Kind.BEGUN: Rule(),
-    Kind.SETTLED: Rule(numbers=_ANY_NUMBER),
+    Kind.SETTLED: Rule(range(0, 8 * MAX_TORN + 1, 8), numbers=_ANY_NUMBER),  # u64 each: addresses of torn MEMORY
     Kind.LOADED: Rule(),
     Kind.STARTED: Rule(),
     Kind.ABORTED: Rule(),
@@ -193,6 +197,13 @@ class Record(NamedTuple):
     address: int
     size: int
     payload: memoryview
+    torn: bool = False
+    """It is MEMORY that was written to while it was sent, or damaged: there is no payload."""
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """What SETTLED says: those of the records that came torn through this pipe."""
+        return struct.unpack(f"<{len(self.payload) // 8}Q", self.payload)
 
     @property
     def text(self) -> str:
@@ -251,23 +262,9 @@ def _codec(name: str) -> Codec | None:
         return None
 
 
-def checksum(payload: Octets) -> int:
-    """That of a payload: any burst of errors within 64 KiB changes it, but for one in 2^32."""
-    if len(payload) <= _BLOCK:
-        return zlib.crc32(payload)
-    view = memoryview(payload)
-    folded = bitarray(buffer=bytearray(view[:_BLOCK]))
-    whole = len(view) - len(view) % _BLOCK
-    for start in range(_BLOCK, whole, _BLOCK):
-        folded ^= bitarray(buffer=view[start : start + _BLOCK])
-    if whole < len(view):
-        folded ^= bitarray(buffer=bytes(view[whole:]).ljust(_BLOCK, b"\0"))
-    return zlib.crc32(folded)
-
-
 def pack_preamble(token: bytes, pipe: int = 0) -> bytes:
     fields = _PREAMBLE.pack(MAGIC, FORMAT_VERSION, pipe, token)
-    return fields + _CRC.pack(zlib.crc32(fields))
+    return fields + _CRC.pack(crc32(fields))
 
 
 def pack(
@@ -275,10 +272,15 @@ def pack(
 ) -> list[Octets]:
     """A record, as the buffers to send. ``size`` differs from the payload's where that is compressed or left out."""
     fields = _HEADER.pack(
-        kind, flags, number, address, len(payload) if size is None else size, len(payload), checksum(payload)
+        kind, flags, number, address, len(payload) if size is None else size, len(payload), crc32(payload)
     )
-    head = fields + _CRC.pack(zlib.crc32(fields))
+    head = fields + _CRC.pack(crc32(fields))
     return [head, payload] if payload else [head]
+
+
+def pack_settled(number: int, torn: Collection[int]) -> list[Octets]:
+    """SETTLED, with at most MAX_TORN addresses."""
+    return pack(Kind.SETTLED, struct.pack(f"<{len(torn)}Q", *torn), number=number)
 
 
 def pack_text(kind: Kind, text: str) -> list[Octets]:
@@ -287,7 +289,10 @@ def pack_text(kind: Kind, text: str) -> list[Octets]:
 
 
 def pack_bulk(kind: Kind, data: Octets, codec: Codec | None, *, number: int = 0, address: int = 0) -> list[Octets]:
-    """A record of MEMORY or DEVICE, compressed where that is worth it. ``data`` must not change until it is sent."""
+    """A record of MEMORY or DEVICE, compressed where that is worth it. ``data`` must not change until it is sent.
+
+    Unless it is MEMORY, which then is torn.
+    """
     if codec is not None:
         small = codec.compress(data)
         if len(small) < _SAVES * len(data):
@@ -295,24 +300,38 @@ def pack_bulk(kind: Kind, data: Octets, codec: Codec | None, *, number: int = 0,
     return pack(kind, data, number=number, address=address)
 
 
-def pack_memory(address: int, data: bytes, codec: Codec | None) -> Iterator[list[Octets]]:
-    """The records for memory at ``address``, at most MAX_PAYLOAD of it: pages of zeros are only named."""
-    view = memoryview(data)
+def pack_memory(
+    address: int, data: memoryview, codec: Codec | None, exposed: list[tuple[int, memoryview]] | None = None
+) -> Iterator[list[Octets]]:
+    """The records for memory at ``address``, at most MAX_PAYLOAD of it: pages of zeros are only named.
+
+    ``data`` is the guest's and may change at any time. It is copied; or what is LARGE goes as it lies, and is added to
+    ``exposed`` as (address, memory).
+    """
     for start, stop, zero in _runs(data):
+        part = data[start:stop]
         if zero:
-            yield pack(Kind.ZERO, address=address + start, size=stop - start)
+            yield pack(Kind.ZERO, address=address + start, size=len(part))
+        elif exposed is None or len(part) < LARGE:
+            yield pack_bulk(Kind.MEMORY, bytes(part), codec, address=address + start)
         else:
-            yield pack_bulk(Kind.MEMORY, view[start:stop], codec, address=address + start)
+            exposed.append((address + start, part))
+            yield pack_bulk(Kind.MEMORY, part, codec, address=address + start)
 
 
-def _runs(data: bytes) -> Iterator[tuple[int, int, bool]]:
+def _runs(data: memoryview) -> Iterator[tuple[int, int, bool]]:
     """Where pages of zeros and other ones begin and end. What is no whole page at the end is no page of zeros."""
     size = len(_PAGE)
-    flags = [not first and data.startswith(_PAGE, page * size) for page, first in enumerate(data[::size])]
+    firsts = bytes(data[: len(data) // size * size : size])
+    zeros = bytearray(-(-len(data) // size))
+    page = firsts.find(0)  # most pages begin with something else: only the others are looked at
+    while page >= 0:
+        zeros[page] = _PAGE.startswith(data[page * size : (page + 1) * size])  # which compares all of it
+        page = firsts.find(0, page + 1)
     first = 0
-    for zero, run in groupby(flags) if any(flags) else [(False, flags)]:
-        last = first + sum(1 for _ in run)
-        yield first * size, min(last * size, len(data)), zero
+    for zero, run in groupby(zeros) if any(zeros) else [(0, zeros)]:
+        last = first + len(list(run))
+        yield first * size, min(last * size, len(data)), bool(zero)
         first = last
 
 
@@ -374,9 +393,11 @@ class RecordReader:
         if self.pending < length:
             return None
         payload = self._take(length)
-        if checksum(payload) != crc:
-            raise StreamError(f"wrong checksum of a {kind.name} record of {length} bytes")
         self._head, self._needed = None, HEADER_SIZE
+        if crc32(payload) != crc:
+            if kind is Kind.MEMORY and not flags:
+                return Record(kind, number, address, size, payload[:0], torn=True)
+            raise StreamError(f"wrong checksum of a {kind.name} record of {length} bytes")
         if flags & COMPRESSED and self.codec is not None:
             payload = memoryview(self.codec.decompress(payload, size))
         return Record(kind, number, address, size, payload)
@@ -390,7 +411,7 @@ def _check_preamble(data: memoryview, beside: bool) -> bytes:
     magic, version, pipe, token = _PREAMBLE.unpack_from(data)
     if magic != MAGIC:
         raise StreamError(f"not a migration: what comes begins with {bytes(data)!r}")
-    if zlib.crc32(data[: _PREAMBLE.size]) != _CRC.unpack_from(data, _PREAMBLE.size)[0]:
+    if crc32(data[: _PREAMBLE.size]) != _CRC.unpack_from(data, _PREAMBLE.size)[0]:
         raise StreamError("wrong checksum of the preamble")
     if version != FORMAT_VERSION:
         raise StreamError(f"a migration of format {version}; known is {FORMAT_VERSION}")
@@ -402,7 +423,7 @@ def _check_preamble(data: memoryview, beside: bool) -> bytes:
 
 
 def _check_header(data: memoryview, *, compressed: bool) -> tuple[Kind, int, int, int, int, int, int]:
-    if zlib.crc32(data[: _HEADER.size]) != _CRC.unpack_from(data, _HEADER.size)[0]:
+    if crc32(data[: _HEADER.size]) != _CRC.unpack_from(data, _HEADER.size)[0]:
         raise StreamError("wrong checksum of a record's header")
     number_of_kind, flags, number, address, size, length, crc = _HEADER.unpack_from(data)
     try:

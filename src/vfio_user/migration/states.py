@@ -11,7 +11,8 @@ these rules select::
        STOP_COPY, which can only be left by ending the session, never leads to PRE_COPY or PRE_COPY_P2P;
     4. no path leads into or out of ERROR: only failing leads there, only a reset out of it.
 
-Only the arcs are written down (:data:`ARCS`); everything else in this module is derived from them.
+Only the arcs are written down (:data:`ARCS`); everything else in this module is derived from them, and remembered: a
+guest stands still while its device changes its state, and the operators of flags are slow.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 from vfio_user.errors import TransitionError, UnrecoverableError
@@ -77,17 +79,20 @@ RUNNING_STATES = frozenset(
 """The states in which the device works for the guest; in the P2P ones it does no DMA to other devices."""
 
 
+@lru_cache
 def arcs(flags: MigrationFlags) -> frozenset[tuple[DeviceState, DeviceState]]:
     """The arcs, as (from, to), of a device with these ``flags``. There are none without STOP_COPY."""
     return frozenset((arc.source, arc.target) for arc in ARCS if arc.exists(flags))
 
 
+@lru_cache
 def states(flags: MigrationFlags) -> frozenset[DeviceState]:
     """The states that a device with these ``flags`` can be in: RUNNING, ERROR and wherever an arc ends."""
     ends = (state for arc in arcs(flags) for state in arc)
     return frozenset({DeviceState.RUNNING, DeviceState.ERROR, *ends})
 
 
+@lru_cache
 def path(current: int, target: int, flags: MigrationFlags) -> tuple[DeviceState, ...]:
     """The states to pass on the way from ``current`` to ``target``, which is the last of them.
 

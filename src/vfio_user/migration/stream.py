@@ -33,7 +33,6 @@ Nothing may follow END. A stream has at most 2^20 records, END not counted.
 from __future__ import annotations
 
 import struct
-import zlib
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 
 from vfio_user.errors import StreamError, UsageError
+from vfio_user.migration.checksum import crc32
 
 MAGIC = b"\x89VFUMIG\n"
 FORMAT_VERSION = 1
@@ -113,7 +113,7 @@ class MemoryBlock(NamedTuple):
 
     region: int
     offset: int
-    data: bytes
+    data: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class LoadedStream:
     """A stream that was read whole and found sound. The records of each kind are in the stream's order."""
 
     pre_copy: list[bytes]
-    state: bytes
+    state: bytes | bytearray
     memory: list[MemoryBlock]
     state_version: int
 
@@ -133,9 +133,9 @@ def _octets(data: Octets) -> memoryview:
 
 
 def _record_crc(kind: int, length: int, *payload: Octets) -> int:
-    crc = zlib.crc32(_RECORD_SUMMED.pack(kind, length))
+    crc = crc32(_RECORD_SUMMED.pack(kind, length))
     for part in payload:
-        crc = zlib.crc32(part, crc)
+        crc = crc32(part, crc)
     return crc
 
 
@@ -161,12 +161,12 @@ class StreamWriter:
     def __init__(self, identity: StreamIdentity) -> None:
         fields = (identity.vendor_id, identity.device_id, identity.state_version)
         header = _HEADER.pack(MAGIC, FORMAT_VERSION, 0, *fields)
-        header += _HEADER_CRC.pack(zlib.crc32(header))
+        header += _HEADER_CRC.pack(crc32(header))
         self._records: deque[_Record] = deque()
         self._parts: deque[memoryview] = deque([memoryview(header)])
         self._pending = len(header)
         self._count = 0
-        self._crc = zlib.crc32(header)
+        self._crc = crc32(header)
         self._has_state = False
         self._ended = False
 
@@ -244,7 +244,7 @@ class StreamWriter:
                 prefix = _END.pack(self._count, self._crc)
             length = len(prefix) + len(body)
             head = _RECORD.pack(kind, _record_crc(kind, length, prefix, body), length)
-            self._crc = zlib.crc32(head, self._crc)
+            self._crc = crc32(head, self._crc)
             self._parts.append(memoryview(head + prefix))
             if body:
                 self._parts.append(body)
@@ -332,7 +332,7 @@ def _parse(own: StreamIdentity, limit: int) -> Generator[int, bytearray, LoadedS
     """The parser: yields how many bytes it wants, is sent exactly so many, returns what it has read."""
     header = yield _HEADER_SIZE
     state_version = _check_header(header, own)
-    crc = zlib.crc32(header)
+    crc = crc32(header)
     position = len(header)
     contents = _Contents()
     for count in range(MAX_RECORDS + 1):
@@ -349,8 +349,8 @@ def _parse(own: StreamIdentity, limit: int) -> Generator[int, bytearray, LoadedS
                 raise StreamError("the END record belongs to another migration stream")
             return contents.loaded(state_version)
         contents.add(kind, payload)
-        crc = zlib.crc32(head, crc)
-        del payload  # the contents have their copy; no second one while the next record comes
+        crc = crc32(head, crc)
+        del payload  # the contents have what they need of it: no more while the next record comes
     raise StreamError(f"migration stream of more than {MAX_RECORDS} records")
 
 
@@ -359,7 +359,7 @@ class _Contents:
 
     def __init__(self) -> None:
         self._pre_copy: list[bytes] = []
-        self._state: bytes | None = None
+        self._state: bytearray | None = None
         self._memory: list[MemoryBlock] = []
 
     def add(self, kind: RecordKind, payload: bytearray) -> None:
@@ -368,7 +368,7 @@ class _Contents:
         elif kind == RecordKind.PRE_COPY:
             self._pre_copy.append(bytes(payload))
         elif self._state is None:
-            self._state = bytes(payload)
+            self._state = payload
         else:
             raise StreamError("migration stream with a second STATE record")
 
@@ -386,7 +386,7 @@ def _check_header(header: bytearray, own: StreamIdentity) -> int:
         raise StreamError(f"not a migration stream: it begins with {magic.hex(' ')}")
     if not 1 <= version <= FORMAT_VERSION:
         raise StreamError(f"migration stream of format {version}; known is up to {FORMAT_VERSION}")
-    if zlib.crc32(header[: _HEADER.size]) != expected:
+    if crc32(header[: _HEADER.size]) != expected:
         raise StreamError("wrong checksum of the migration stream's header")
     if flags:
         raise StreamError(f"unknown flags {flags:#x} in the migration stream's header")
@@ -414,7 +414,7 @@ def _check_head(number: int, length: int, room: int) -> RecordKind:
 
 def _memory_block(payload: bytearray) -> MemoryBlock:
     region, reserved, offset = _MEMORY.unpack_from(payload)
-    data = bytes(memoryview(payload)[_MEMORY.size :])
+    data = memoryview(payload)[_MEMORY.size :].toreadonly()
     if reserved:
         raise StreamError(f"MEMORY record with {reserved:#x} where 0 belongs")
     if offset + len(data) > _U64:
