@@ -80,6 +80,11 @@ def _serial_of(path: str) -> str:
     return unique.hex[:16].upper()
 
 
+def _is_there(path: str) -> bool:
+    """Whether a storage has a size without being told."""
+    return "://" in path or os.path.exists(path)
+
+
 class Nvme(Device):
     """An NVMe controller with a namespace for each storage that is given: NVM Express 1.4."""
 
@@ -144,8 +149,9 @@ class Nvme(Device):
         self._meter: Meter | None = None
         self._timestamp, self._set_at = 0, time.monotonic()
         try:
-            for path in filter(None, [self.path, *self.more.split(",")]):
-                self.add_namespace(path)
+            for number, path in enumerate(filter(None, [self.path, *self.more.split(",")])):
+                # Of the others, those that are there have sizes of their own.
+                self.add_namespace(path, size=self.size if number == 0 or not _is_there(path) else 0)
         except BaseException:
             self.close()
             raise
@@ -159,9 +165,10 @@ class Nvme(Device):
 
     # Namespaces
 
-    def add_namespace(self, storage: Storage | str) -> Namespace:
+    def add_namespace(self, storage: Storage | str, *, size: int = 0) -> Namespace:
         """Attach a storage, or what is at a path, as the namespace with the lowest free NSID; a host that asked for
-        such notices is told. Call it from the thread that serves the client (``post``).
+        such notices is told. Call it from the thread that serves the client (``post``). ``size`` in bytes: of a file
+        that is to be made, or of memory.
 
         Raises OSError for a storage that cannot be had, ValueError for one that is no namespace.
         """
@@ -169,7 +176,7 @@ class Nvme(Device):
         if number is None:
             raise ValueError(f"there are {MAX_NAMESPACES} namespaces already")
         if isinstance(storage, str):
-            storage = self._open(storage)
+            storage = self._open(storage, size)
         identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.identity.qualified_name}#{number}")
         try:
             namespace = Namespace(number, storage, self.block_size, identity)
@@ -191,9 +198,9 @@ class Nvme(Device):
         storage.close()
         self._changed(number)
 
-    def _open(self, path: str) -> Storage:
-        size = self.size or (MEMORY_SIZE if path == MEMORY else None)
-        storage = open_storage(path, size=size, read_only=self.read_only, shared=self.shared)
+    def _open(self, path: str, size: int) -> Storage:
+        wanted = size or (MEMORY_SIZE if path == MEMORY else None)
+        storage = open_storage(path, size=wanted, read_only=self.read_only, shared=self.shared)
         try:
             storage.acquire()
             storage.release()
