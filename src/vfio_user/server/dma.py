@@ -6,6 +6,7 @@ import errno
 import os
 
 from vfio_user.dma.bitmap import bitmap_size, check_report
+from vfio_user.dma.iova import ADDRESS_SPACE
 from vfio_user.errors import MessageError
 from vfio_user.fds import is_mappable
 from vfio_user.protocol import Message
@@ -89,6 +90,8 @@ def _regions_within(context: Context, address: int, size: int, *, exactly_one: b
     all of the old one in a few large ranges. What stayed would be reached by DMA that the guest has forbidden, and
     be in the way of the next DMA_MAP.
     """
+    if address + size > ADDRESS_SPACE:
+        raise MessageError(f"DMA_UNMAP of {address:#x}, {size:#x} bytes: that wraps")
     regions = context.maps.overlapping(address, size)
     whole = bool(regions) and regions[0][0] >= address and sum(regions[-1][:2]) <= address + size
     if not whole or (exactly_one and regions[0][:2] != (address, size)):

@@ -148,6 +148,7 @@ class Nvme(Device):
         self.executor.handle(self._admin.handlers, self.io.handlers, self.io.compare_and_write)
         self._meter: Meter | None = None
         self._timestamp, self._set_at = 0, time.monotonic()
+        self._stopped_at: float | None = None
         try:
             for number, path in enumerate(filter(None, [self.path, *self.more.split(",")])):
                 # Of the others, those that are there have sizes of their own.
@@ -370,8 +371,7 @@ class Nvme(Device):
         self.events.reset()
         self.features.reset()
         self.keep_alive.stop()
-        self._release()
-        self.executor.held = self.migration_get_state() not in RUNNING_STATES
+        self._follow_migration()
 
     # What the executor tells
 
@@ -421,7 +421,8 @@ class Nvme(Device):
     @property
     def timestamp(self) -> int:
         """Milliseconds and attributes, as GET FEATURES gives them (5.21.1.14)."""
-        elapsed = int((time.monotonic() - self._set_at) * 1000)
+        now = time.monotonic() if self._stopped_at is None else self._stopped_at  # what stands still has no clock
+        elapsed = int((now - self._set_at) * 1000)
         return (self._timestamp & (1 << 48) - 1) + elapsed & (1 << 48) - 1 | self._timestamp & _SET_BY_HOST
 
     def set_timestamp(self, milliseconds: int) -> None:
@@ -429,7 +430,7 @@ class Nvme(Device):
 
     def restore_timestamp(self, value: int) -> None:
         """Go on from what :attr:`timestamp` was elsewhere."""
-        self._timestamp, self._set_at = value, time.monotonic()
+        self._timestamp, self._set_at = value, self._stopped_at or time.monotonic()
 
     def follow_feature(self, feature: Feature) -> None:
         """Do what a feature means that was just set, or has come along."""
@@ -477,6 +478,7 @@ class Nvme(Device):
     def _follow_migration(self) -> None:
         running = self.migration_get_state() in RUNNING_STATES
         self.executor.held = not running
+        self._stopped_at = None if running else self._stopped_at or time.monotonic()
         if not running or not self.executor.enabled:
             self._release()
         if running:
