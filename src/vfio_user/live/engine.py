@@ -32,8 +32,8 @@ from vfio_user.wire.constants import PAGE_SIZE
 
 _TICK = 1e-6
 """Seconds that a round takes at least: no clock tells less."""
-_SAMPLE, _LIKELY_RATE = 1 << 16, 100 << 20
-"""Bytes of a round that tell of a link; bytes per second that one is taken for which has not shown what it can."""
+_SAMPLE = 1 << 16
+"""Bytes of a round that tell of a link."""
 
 
 class Migration:
@@ -192,8 +192,11 @@ class Migration:
 
     @property
     def _rate(self) -> float:
-        """Bytes per second. A round with a few bytes tells how long an answer takes, and nothing of the link."""
-        return self._sent / max(self._sending, _TICK) if self._sent else min(_LIKELY_RATE, self._bandwidth)
+        """Bytes per second; as many as are allowed where nothing has moved yet that would tell.
+
+        A round with a few bytes tells how long an answer takes, and nothing of the link.
+        """
+        return self._sent / max(self._sending, _TICK) if self._sent else self._bandwidth
 
     def _time_for_the_rest(self) -> float:
         """Seconds at that rate."""

@@ -29,7 +29,6 @@ from __future__ import annotations
 import hashlib
 import struct
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, BinaryIO
@@ -42,6 +41,7 @@ from vfio_user.errors import MigrationError, StreamError, VfioUserError
 from vfio_user.live.destination import LocalDestination
 from vfio_user.live.offer import DeviceOffer, Offer
 from vfio_user.live.source import CHUNK, Source
+from vfio_user.migration.checksum import crc32
 
 MAGIC = b"\x89VFUSAV\n"
 FORMAT_VERSION = 1
@@ -274,7 +274,7 @@ class _Bounded:
 def _crc(*parts: bytes | memoryview) -> int:
     crc = 0
     for part in parts:
-        crc = zlib.crc32(part, crc)
+        crc = crc32(part, crc)
     return crc
 
 
