@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Fetch a QEMU with the vfio-user-pci device into ``.qemu/``: no root, nothing of the system is touched.
 
-With ``--guest`` a Linux kernel and busybox for it, too; with ``--lspci`` the lspci that reads what a guest saw.
+With ``--guest`` a Linux kernel and busybox for it, too, and with ``--guest-tools`` what that guest needs to use a disk
+(mkfs.ext4, e2fsck, nvme); with ``--lspci`` the lspci that reads what a guest saw.
 
 QEMU 11.1 and everything it needs, down to the C library, comes as Debian packages from the mirror that this
 machine's own apt already uses. The packages are only unpacked, never installed. ``.qemu/qemu-system-x86_64``
@@ -67,6 +68,7 @@ Dir::Etc::SourceParts "/dev/null";
 Dir::Etc::Preferences "/dev/null";
 Dir::Etc::PreferencesParts "/dev/null";
 """
+GUEST_TOOLS = ("e2fsprogs", "nvme-cli")
 PRIVATE_DIRECTORIES = ("cache/archives/partial", "state/lists/partial", "log")
 
 WRAPPER = """\
@@ -90,10 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Fetch a QEMU with the vfio-user-pci device into .qemu/.")
     parser.add_argument("--print", action="store_true", help="fetch nothing: print the path of the QEMU that is there")
     parser.add_argument("--guest", action="store_true", help="also fetch a Linux kernel and busybox into .qemu/guest/")
+    parser.add_argument("--guest-tools", action="store_true", help="also fetch mkfs.ext4, e2fsck and nvme for it")
     parser.add_argument("--lspci", action="store_true", help="also fetch .qemu/lspci")
     parser.add_argument("--mirror", metavar="URI", help="Debian mirror (default: those of this machine's apt)")
     options = parser.parse_args(arguments)
-    wanted = {BINARY: True, "guest": options.guest, "lspci": options.lspci}
+    wanted = {BINARY: True, "guest": options.guest, "guest-tools": options.guest_tools, "lspci": options.lspci}
     try:
         if not options.print:
             ensure([name for name, wish in wanted.items() if wish], options.mirror)
@@ -166,6 +169,15 @@ def fetch_guest(apt: Apt) -> None:
     partial.replace(HOME / "guest")
 
 
+def fetch_guest_tools(apt: Apt) -> None:
+    """Unpack what makes, checks and looks into a disk, with its closure; the tests put the few files they use in."""
+    say("fetching tools for the guest")
+    apt.get("install", "--yes", "--download-only", *GUEST_TOOLS)
+    partial = HOME / "guest-tools.new"
+    unpack(apt.packages(), partial)
+    partial.replace(HOME / "guest-tools")
+
+
 def fetch_lspci(apt: Apt) -> None:
     """Unpack lspci with its closure and, once it is seen to work, put the wrapper in place."""
     say("fetching lspci")
@@ -175,7 +187,7 @@ def fetch_lspci(apt: Apt) -> None:
     wrap("lspci", root, LSPCI_OPTIONS, reads_dumps, "does not start")
 
 
-FETCHERS = {BINARY: fetch_qemu, "guest": fetch_guest, "lspci": fetch_lspci}
+FETCHERS = {BINARY: fetch_qemu, "guest": fetch_guest, "guest-tools": fetch_guest_tools, "lspci": fetch_lspci}
 """By what they leave in ``.qemu`` when they are done."""
 
 

@@ -23,6 +23,7 @@ import lzma
 import os
 import re
 import stat
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,13 +57,17 @@ An emulated guest on a busy machine may miss the few ticks in which the kernel l
 panic for that: it is told not to look.
 """
 
-INIT = """\
+_FIRST = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 for module in $(cat /modules); do insmod "$module"; done
+"""
+
+INIT = f"""\
+{_FIRST}\
 # Commands come on a port of their own, each a line; an answer is a line and as many bytes as that says.
 stty -F /dev/ttyS1 raw -echo
 exec 3<>/dev/ttyS1
@@ -77,6 +82,16 @@ while read -r id command <&3; do
     head -c "$size" /tmp/output >&3
     rm /tmp/output
 done
+"""
+
+SWITCH_ROOT = f"""\
+{_FIRST}\
+mkdir -p /root
+until test -b "$root_device"; do usleep 20000; done
+mount "$root_device" /root || exit  # the kernel panics then, with the reason on the console
+mount -t tmpfs tmp /root/tmp  # what commands print does not wear the disk out, nor keep it from being remounted
+umount /dev /sys /proc
+exec switch_root /root /init
 """
 
 BACKGROUND = """\
@@ -141,6 +156,38 @@ def find_guest() -> Guest | None:
         return Guest.below(Path(wished))
     found = next((path for path in fetched_paths("guest") if path.is_dir()), None)
     return Guest.below(found) if found else None
+
+
+def find_guest_tools() -> Path | None:
+    """Programs for the guest, for :func:`programs`: what ``scripts/fetch_qemu.py --guest-tools`` makes, or None."""
+    return next((path for path in fetched_paths("guest-tools") if path.is_dir()), None)
+
+
+def programs(root: Path, *paths: str) -> dict[str, bytes | Path]:
+    """Programs out of unpacked Debian packages, by their absolute paths, with their libraries: ``files`` of a guest.
+
+    Raises :class:`QemuError` for what is not there, or not whole.
+    """
+    loader = next(root.glob("usr/lib/*-linux-*/ld-linux*.so.*"), None)
+    if loader is None:
+        raise QemuError(f"{root}: no dynamic loader; remove it and fetch it anew")
+    found: dict[str, bytes | Path] = {}
+    for path in paths:
+        program = root / path.lstrip("/")
+        found[path] = program
+        for name, library in _libraries(loader, program):
+            # The loader is in its absolute place; the others are where it looks for them.
+            found[name if name.startswith("/") else f"/{library.relative_to(root)}"] = library
+    return found
+
+
+def _libraries(loader: Path, program: Path) -> list[tuple[str, Path]]:
+    """What a program is linked with: the names in it, and the files."""
+    command: list[str | Path] = [loader, "--library-path", loader.parent, "--list", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode:
+        raise QemuError(f"{program}: {done.stderr.strip()}")
+    return [(match[1], Path(match[2])) for match in re.finditer(r"^\s*(\S+) => (\S+)", done.stdout, re.MULTILINE)]
 
 
 def initramfs(
@@ -253,8 +300,10 @@ class LinuxMachine(QemuMachine):
     ``port_addresses`` say where Linux has them, as in ``/sys/bus/pci/devices``.
 
     ``memory`` in bytes is the guest's RAM, which the device servers can map. ``modules`` are loaded at the start,
-    ``files`` put into the guest (see :func:`initramfs`), ``append`` goes to the kernel's command line and
-    ``extra_args`` to QEMU's, before the devices. ``timeout`` in seconds bounds every wait, the boot among them.
+    ``files`` put into the guest (see :func:`initramfs`); with ``root`` the guest goes on with the root file system on
+    that block device of its own, such as ``/dev/nvme0n1p1``, made by :meth:`install` before. ``append`` goes to the
+    kernel's command line and ``extra_args`` to QEMU's, before the devices. ``timeout`` in seconds bounds every wait,
+    the boot among them.
 
     Every error has the end of the guest's console and QEMU's stderr in its message. A guest that panics ends QEMU;
     one that hangs is a :class:`QemuTimeoutError`, and the machine is closed then.
@@ -271,6 +320,7 @@ class LinuxMachine(QemuMachine):
         cpus: int = 1,
         modules: Sequence[str] = (),
         files: Mapping[str, bytes | Path] | None = None,
+        root: str | None = None,
         append: str = "",
         extra_args: Sequence[str] = (),
         timeout: float = 60.0,
@@ -285,13 +335,15 @@ class LinuxMachine(QemuMachine):
         with contextlib.ExitStack() as undo:
             self._console = undo.enter_context(Output())
             archive = undo.enter_context(tempfile.TemporaryFile())
-            archive.write(initramfs(guest, modules, files))
+            archive.write(initramfs(guest, modules, files, SWITCH_ROOT if root else INIT))
             archive.flush()
             # Files without names: nothing to clean up, whoever is killed.
             console, initrd = (f"/proc/self/fd/{file.fileno()}" for file in (self._console, archive))
             arguments += ["-chardev", f"file,id=console,path={console}", "-serial", "chardev:console"]
             arguments += ["-kernel", str(guest.kernel), "-initrd", initrd]
-            arguments += ["-append", f"{KERNEL_ARGUMENTS} {append}".strip()]
+            # What the kernel does not know goes into the environment of init.
+            words = [KERNEL_ARGUMENTS, *([f"root_device={root}"] if root else []), append]
+            arguments += ["-append", " ".join(words).strip()]
             super().__init__(
                 qemu,
                 arguments,
@@ -370,6 +422,10 @@ class LinuxMachine(QemuMachine):
                 text = output.decode(errors="replace")
                 raise self._error(f"guest: {command}: failed for {deadline.seconds} s: {text}", QemuTimeoutError)
             time.sleep(POLL)
+
+    def install(self, folder: str) -> None:
+        """Copy the system that runs into ``folder`` of the guest, where a disk is mounted: a machine's ``root``."""
+        self.run(f"cd / && find . -xdev | cpio -o -H newc | (cd {folder} && cpio -idm) && sync")
 
     # Plugging
 
