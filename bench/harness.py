@@ -16,6 +16,8 @@ from typing import cast
 
 SOURCES = Path(__file__).parent
 COMPILER = ("cc", "-O2", "-Wall", "-Wextra", "-Werror")
+PROGRAMS = {"client": ("client.c", "link.c"), "nvme": ("nvme.c", "link.c"), "server": ("server.c",)}
+"""What each is made of."""
 CLIENT_SECONDS = 60
 START_SECONDS = 20
 
@@ -122,29 +124,39 @@ class Tools:
     def server(self) -> Path:
         return self.directory / "server"
 
+    @property
+    def nvme(self) -> Path:
+        return self.directory / "nvme"
+
     def compile(self) -> None:
-        for program in (self.client, self.server):
+        for program, sources in PROGRAMS.items():
             try:
-                subprocess.run([*COMPILER, "-o", program, SOURCES / f"{program.name}.c"], check=True)
+                subprocess.run(
+                    [*COMPILER, "-o", self.directory / program, *(SOURCES / name for name in sources)], check=True
+                )
             except (OSError, subprocess.CalledProcessError) as error:
-                raise BenchError(f"{program.name}.c does not compile: {error}") from error
+                raise BenchError(f"{program} does not compile: {error}") from error
 
     def exchange(self, side: Side, socket: Path, core: int, warmup: int, count: int) -> float:
         """Nanoseconds: the median of ``count`` exchanges, as client.c takes it."""
         arguments = [side.mode, str(side.size), str(warmup), str(count), *(["raw"] if side.raw else [])]
-        with pinned(core):
-            process = subprocess.Popen(
-                [self.client, socket, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        try:
-            out, complaint = process.communicate(timeout=CLIENT_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            raise BenchError(f"{side.mode}: not done within {CLIENT_SECONDS} s") from None
-        if process.returncode != 0:
-            raise BenchError(complaint.strip() or f"{side.mode}: the client ended with {process.returncode}")
-        return float(out)
+        return nanoseconds([self.client, socket, *arguments], core)
+
+
+def nanoseconds(command: Sequence[str | Path], core: int) -> float:
+    """What a program prints that was run on ``core``."""
+    with pinned(core):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    name = f"{Path(command[0]).name} {command[2]}"
+    try:
+        out, complaint = process.communicate(timeout=CLIENT_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise BenchError(f"{name}: not done within {CLIENT_SECONDS} s") from None
+    if process.returncode != 0:
+        raise BenchError(complaint.strip() or f"{name}: it ended with {process.returncode}")
+    return float(out)
 
 
 def in_turns(rounds: int, ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from bench import live, lookup
+from bench import live, lookup, nvme
 from bench.harness import (
     BenchError,
     CServer,
@@ -310,7 +310,23 @@ def live_rows() -> list[Row]:
     ]
 
 
+def nvme_rows(one: Placement, two: Placement | None) -> list[Row]:
+    return [
+        Figure(name.format(where), unit, Target(*target), partial(take_turns, partial(contest, load, placement, spin)))
+        for where, placement, spin, single in (
+            ("one core", one, 0, nvme.SINGLE),
+            ("two cores", two, SPIN, nvme.SINGLE_POLLED),
+        )
+        for name, unit, target, contest, load in (
+            ("NVMe read 128 KiB / preadv, {}", "MiB/s", (">=", 0.8), nvme.bandwidths, nvme.SEQUENTIAL),
+            ("NVMe 4 KiB at depth 32 / REGION_READ, {}", "µs", ("<=", 0.6), nvme.latencies, nvme.DEEP),
+            ("NVMe 4 KiB at depth 1 / REGION_READ, {}", "µs", ("<=", 2.5), nvme.latencies, single),
+        )
+        if placement is not None
+    ]
+
+
 def rows() -> list[Row]:
     one, two = placements()
-    others = [*report_rows(one), *lookup_rows(), *process_rows(), *live_rows()]
+    others = [*report_rows(one), *lookup_rows(), *process_rows(), *live_rows(), *nvme_rows(one, two)]
     return [*access_rows(one, two), *bulk_rows(one, two), *others]

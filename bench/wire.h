@@ -15,6 +15,7 @@
 enum command {
     VERSION = 1,
     DMA_MAP = 2,
+    SET_IRQS = 8,
     REGION_READ = 9,
     REGION_WRITE = 10,
     DEVICE_FEATURE = 16,
@@ -28,6 +29,9 @@ enum { FEATURE_GET = 1 << 16, FEATURE_SET = 1 << 17 };
 enum { MIG_DEVICE_STATE = 2, DMA_LOGGING_START = 6, DMA_LOGGING_REPORT = 8 };
 enum { RUNNING = 2, STOP_COPY = 3, RESUMING = 4 };
 enum { DMA_READABLE = 1, DMA_WRITABLE = 2 };
+enum { IRQ_DATA_EVENTFD = 1 << 2, IRQ_ACTION_TRIGGER = 1 << 5 };
+enum { MSIX_IRQ = 2 };
+enum { CONFIG_REGION = 7 };
 
 struct header {
     uint16_t id;
@@ -56,6 +60,14 @@ struct dma_map {
     uint64_t offset;
     uint64_t address;
     uint64_t size;
+};
+
+struct irq_set {
+    uint32_t argsz;
+    uint32_t flags;
+    uint32_t index;
+    uint32_t start;
+    uint32_t count;
 };
 
 struct mig_data {
