@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -272,6 +273,21 @@ class TestNow:
             residence = kernel.Residence(file.fileno(), 64 * KIB)
             assert residence.all_there(0, 64 * KIB)
             assert residence.all_there(512, 1024)
+
+    @pytest.mark.parametrize("mappable", [True, False])
+    def test_a_disk_larger_than_memory(self, monkeypatch: pytest.MonkeyPatch, mappable: bool) -> None:
+        """On tmpfs, which has no RWF_NOWAIT: it is looked at if it can be mapped, and read either way."""
+        if not os.path.ismount("/dev/shm"):
+            pytest.skip("no tmpfs at /dev/shm")
+        if not mappable:
+            monkeypatch.setattr(kernel, "Residence", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOMEM, "large")))
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, acquired(f"{folder}/disk", size=1 << 40) as storage:
+            write(storage, 1 << 39, data(4 * KIB))
+            into = views([4 * KIB])
+            told = [storage.read_now(1 << 39, into) for _ in range(2)]
+            assert told[0] is False or mappable
+            assert told[1] is mappable
+            assert read(storage, 1 << 39, 4 * KIB) == data(4 * KIB)
 
     def test_small_writes(self, image: str) -> None:
         """At once or not: afterwards they are there."""

@@ -69,6 +69,7 @@ class Interrupts:
         self._lines = (self._intx, *(_Vectors(count) for count in counts[MSI:]))
         self._vectors = max(counts[INTX], counts[MSI], counts[MSIX])
         self._messages = next((index for index in (MSIX, MSI) if counts[index]), INTX)
+        self._listened = self._find_listened()
         self._on_watch = on_watch
         self._on_level = on_level
         self._watched: dict[tuple[int, int, int], OwnedFd] = {}
@@ -92,9 +93,14 @@ class Interrupts:
             raise ValueError(
                 f"vector {vector}: the device has {self._vectors}: declare msix_vectors, msi_vectors or intx"
             )
+        line, vectors = self._listened
+        line.fire(vector % vectors)
+
+    def _find_listened(self) -> tuple[_Vectors, int]:
+        """Where interrupts go, and how many vectors there are."""
         index = next((i for i in (MSIX, MSI, INTX) if self._lines[i].eventfds), self._messages)
         enabled = max(self._lines[index].eventfds, default=-1) + 1 if index == MSI else 0
-        self._lines[index].fire(vector % (enabled or self.counts[index]))
+        return self._lines[index], enabled or self.counts[index]
 
     @property
     def message_signalled(self) -> bool:
@@ -230,6 +236,7 @@ class Interrupts:
             self._release(index, vectors)
         for vector, fd in zip(vectors, fds, strict=False):  # none, or one each
             self._lines[index].assign(vector, OwnedFd(fd.take()))
+        self._listened = self._find_listened()
 
     def _mask(self, index: int, vectors: range, fds: Sequence[OwnedFd]) -> None:
         self._lines[index].masked.update(vectors)
@@ -262,6 +269,7 @@ class Interrupts:
             self._lines[index].release(vector)
             self._unwatch(index, vector, ACTION_MASK)
             self._unwatch(index, vector, ACTION_UNMASK)
+        self._listened = self._find_listened()
 
 
 class _Vectors:

@@ -153,6 +153,7 @@ class Nvme(Device):
             for number, path in enumerate(filter(None, [self.path, *self.more.split(",")])):
                 # Of the others, those that are there have sizes of their own.
                 self.add_namespace(path, size=self.size if number == 0 or not _is_there(path) else 0)
+            self.logs.changed.clear()  # to a host that comes they have always been there
         except BaseException:
             self.close()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class ControllerIdentity:
     @property
     def qualified_name(self) -> str:
         """SUBNQN (7.9): that of a subsystem of its own."""
-        return f"nqn.2014.08.org.nvmexpress:vfio-user:{self.serial}"
+        return f"nqn.2014-08.org.nvmexpress:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, self.serial)}"
 
 
 def text(value: str, length: int) -> bytes:

@@ -70,7 +70,7 @@ class Logs:
 
     def add_error(self, queue: int, command: Command, status: int) -> None:
         self.error_count += 1
-        lba = command.cdw10 | command.cdw11 << 32
+        lba = command.cdw10 | command.cdw11 << 32 if queue else 0
         self.errors.appendleft(ErrorEntry(self.error_count, queue, command.cid, status, lba, command.nsid))
 
     def error_page(self) -> bytes:

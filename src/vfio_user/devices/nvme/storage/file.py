@@ -13,6 +13,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from vfio_user.devices.nvme.storage import kernel
@@ -124,7 +125,8 @@ class FileStorage:
             return self._residence.all_there(offset, length) and os.preadv(self._fd, views, offset) == length
         except OSError as error:
             if error.errno in UNKNOWN:
-                self._residence = kernel.Residence(self._fd, self.size)
+                with suppress(OSError):  # it cannot be mapped either: then every read may take waiting
+                    self._residence = kernel.Residence(self._fd, self.size)
             return False
 
     def read(self, offset: int, views: Views) -> None:

@@ -19,6 +19,9 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 _mincore = _libc.mincore
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""asm-generic/mman-common.h; newer Pythons have it, too."""
+
 _FLOCK = "hhqqi0q"
 """struct flock of fcntl.h: type, whence, start, length, pid."""
 
@@ -34,11 +37,13 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 class Residence:
     """Which pages of a file are in memory, by mincore(2): of a mapping that is never read, so nothing can happen to it.
 
-    Of another user's file that may not be written the kernel says that all of it is.
+    Of another user's file that may not be written the kernel says that all of it is. Raises OSError for a file that
+    cannot be mapped.
     """
 
     def __init__(self, fd: int, size: int) -> None:
-        self._mapping = mmap.mmap(fd, size, mmap.MAP_PRIVATE)  # writable in name: or ctypes would not take it
+        # Writable in name, or ctypes would not take it; without a claim to memory, which a large disk would not get.
+        self._mapping = mmap.mmap(fd, size, mmap.MAP_PRIVATE | _MAP_NORESERVE)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 
     def all_there(self, offset: int, length: int) -> bool:
