@@ -17,15 +17,19 @@ from vfio_user.cli.reasons import describe
 from vfio_user.errors import UsageError, VfioUserError
 
 COMMANDS = {
+    "check": "vfio_user.cli.check:check",
     "demo": "vfio_user.cli.demo:demo",
     "guest": "vfio_user.cli.guest:guest",
     "info": "vfio_user.cli.inspect:info",
     "migrate": "vfio_user.cli.migrate:migrate",
     "read": "vfio_user.cli.inspect:read",
     "receive": "vfio_user.cli.migrate:receive",
+    "replay": "vfio_user.cli.replay:replay",
     "restore": "vfio_user.cli.migrate:restore",
+    "resume": "vfio_user.cli.resume:resume",
     "save": "vfio_user.cli.migrate:save",
     "serve": "vfio_user.cli.serve:serve",
+    "trace": "vfio_user.cli.trace:trace",
     "write": "vfio_user.cli.inspect:write",
 }
 """Where each subcommand is: loaded when it is used, so that none pays for what another needs."""
