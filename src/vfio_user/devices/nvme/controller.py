@@ -407,6 +407,7 @@ class Nvme(Device):
     def invalid_doorbell(self, event: AsyncEvent) -> None:
         """A host rang what is not there, or beyond what is."""
         self.events.add(event)
+        self.executor.send_interrupts()
 
     def _set_pin(self) -> None:
         """INTx is asserted as long as there is a completion that the host has not taken (7.5.1)."""

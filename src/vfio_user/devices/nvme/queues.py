@@ -98,11 +98,13 @@ class CompletionQueue:
 
     def post(self, result: int, head: int, queue: int, cid: int, status: int) -> None:
         """Add an entry; ``status`` is the status field without the phase tag. Raises OSError where memory is gone."""
-        self.ring.write(self.tail, _COMPLETION.pack(result, 0, head, queue, cid, status << 1 | self.phase))
+        index, phase = self.tail, self.phase
+        # First: memory that is written by messages shows the entry, and the host rings, before the write has returned.
         self.tail += 1
         if self.tail == self.ring.size:
             self.tail = 0
             self.phase ^= 1
+        self.ring.write(index, _COMPLETION.pack(result, 0, head, queue, cid, status << 1 | phase))
 
 
 class SubmissionQueue:
