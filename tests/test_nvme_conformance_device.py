@@ -1,0 +1,293 @@
+"""What our controller has beyond QEMU's: INTx and MSI, namespaces that come and go, a disk that must not be written.
+
+Section numbers are those of the NVM Express base specification, 1.4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vfio_user.devices.nvme import Nvme
+from vfio_user.devices.nvme.constants import AsyncEvent, ControllerStatus, Feature, IoOpcode, LogPage, Register
+from vfio_user.testing import FakeGuest
+from vfio_user.testing.nvme import ClientInterrupts, Command, NvmeDriver, NvmeError
+from vfio_user.wire.constants import PciIrq, PciRegion
+
+BLOCK, BLOCKS = 512, 1024
+MEMORY = 2 << 20
+TIMEOUT = 10.0
+
+
+class Desk:
+    """A controller, its guest, and a driver that polls; ``listen`` is for the interrupts of one index."""
+
+    def __init__(self, device: Nvme) -> None:
+        self.device = device
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(device.close)
+        self.guest = self._closing.enter_context(FakeGuest(device, memory_size=MEMORY))
+        self.driver = NvmeDriver.of_client(self.guest.client, self.guest.memory)
+        self.driver.enable()
+
+    def listen(self, index: PciIrq, count: int | None = None) -> ClientInterrupts:
+        interrupts = ClientInterrupts(self.guest.client, index, count)
+        self._closing.callback(interrupts.close)
+        return interrupts
+
+    def nudge(self) -> None:
+        """Whatever was posted before has arrived, and what it caused has happened."""
+        self.guest.read32(Register.CSTS)
+
+    def in_device(self, work: Callable[[], object]) -> None:
+        """Have the thread that serves the client call ``work``, and wait for that."""
+        done = threading.Event()
+
+        def do() -> None:
+            work()
+            done.set()
+
+        self.device.post(do)
+        assert done.wait(TIMEOUT)
+
+    def close(self) -> None:
+        self._closing.close()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(BLOCKS * BLOCK))
+    with contextlib.closing(Desk(Nvme(path=str(path)))) as one:
+        yield one
+
+
+def flush_unseen(desk: Desk) -> None:
+    """Have a completion stand in the I/O queue that the driver has not taken."""
+    queue = desk.driver.queues[0]
+    at = queue.cq.ring.address(queue.cq.head) + 14
+    queue.submit(Command(IoOpcode.FLUSH, 1))
+    while desk.guest.memory[at] & 1 != queue.cq.phase:
+        desk.nudge()
+    desk.nudge()
+
+
+# INTx (7.5.1)
+
+
+class TestIntx:
+    def test_the_level_stands_until_the_completions_are_taken(self, desk: Desk) -> None:
+        desk.listen(PciIrq.INTX)
+        queue = desk.driver.create_queue_pair(vector=0)
+        desk.nudge()
+        assert not desk.device.irq.asserted
+        for _ in range(3):
+            flush_unseen(desk)
+            flush_unseen(desk)
+            assert desk.device.irq.asserted
+            queue.drain()
+            desk.nudge()
+            assert not desk.device.irq.asserted
+
+    def test_a_part_of_them_is_not_enough(self, desk: Desk) -> None:
+        desk.listen(PciIrq.INTX)
+        queue = desk.driver.create_queue_pair(vector=0)
+        flush_unseen(desk)
+        head = queue.cq.head
+        flush_unseen(desk)
+        queue.drain()
+        assert queue.cq.head == head + 2
+        flush_unseen(desk)
+        desk.nudge()
+        assert desk.device.irq.asserted
+        queue.drain()
+        desk.nudge()
+        assert not desk.device.irq.asserted
+
+    def test_masked_and_unmasked(self, desk: Desk) -> None:
+        """3.1.3, 3.1.4: INTMS and INTMC show the mask; unmasked with a completion that stands, the level is back."""
+        desk.listen(PciIrq.INTX)
+        registers = desk.driver.hardware.registers
+        desk.driver.create_queue_pair(vector=0)
+        registers.write32(Register.INTMS, 1)
+        assert [registers.read32(at) for at in (Register.INTMS, Register.INTMC)] == [1, 1]
+        flush_unseen(desk)
+        assert not desk.device.irq.asserted
+        registers.write32(Register.INTMC, 1)
+        assert registers.read32(Register.INTMS) == 0
+        assert desk.device.irq.asserted
+        registers.write32(Register.INTMS, 0xFFFF_FFFF)
+        assert not desk.device.irq.asserted
+
+    def test_a_driver_that_lives_by_it(self, desk: Desk) -> None:
+        interrupts = desk.listen(PciIrq.INTX, 1)
+        desk.driver.hardware.interrupts = interrupts
+        desk.driver.create_queue_pair(vector=0)
+        for number in range(20):
+            desk.driver.write(1, number, bytes([number]) * BLOCK)
+            assert desk.driver.read(1, number, 1) == bytes([number]) * BLOCK
+
+    def test_a_reset_takes_it_back(self, desk: Desk) -> None:
+        desk.listen(PciIrq.INTX)
+        desk.driver.create_queue_pair(vector=0)
+        flush_unseen(desk)
+        assert desk.device.irq.asserted
+        desk.driver.disable()
+        assert not desk.device.irq.asserted
+        assert desk.driver.hardware.registers.read32(Register.INTMS) == 0
+
+
+# MSI and MSI-X
+
+
+@pytest.mark.parametrize(("index", "count"), [(PciIrq.MSI, None), (PciIrq.MSIX, None), (PciIrq.MSIX, 4)])
+def test_messages_by_vector(desk: Desk, index: PciIrq, count: int | None) -> None:
+    """One for a completion, none for a queue that has none, no level."""
+    interrupts = desk.listen(index, count)
+    quiet, loud = desk.driver.create_queue_pair(vector=None), desk.driver.create_queue_pair(vector=2)
+    interrupts.take(0)
+    desk.driver.flush(queue=quiet)
+    desk.driver.flush(queue=loud)
+    desk.nudge()
+    assert [bool(interrupts.take(vector)) for vector in (0, 1, 2, 3)] == [False, False, True, False]
+    assert not desk.device.irq.asserted
+
+
+def test_one_message_for_all(desk: Desk) -> None:
+    """A guest that enabled one vector of MSI has all completions there (7.5.1.2)."""
+    interrupts = desk.listen(PciIrq.MSI, 1)
+    queue = desk.driver.create_queue_pair(vector=5)
+    desk.nudge()
+    interrupts.take(0)
+    desk.driver.flush(queue=queue)
+    desk.nudge()
+    assert interrupts.take(0)
+
+
+def test_messages_wait_behind_the_mask(desk: Desk) -> None:
+    """3.1.3: with MSI, INTMS holds back what INTMC lets go; with MSI-X neither is to be used."""
+    interrupts = desk.listen(PciIrq.MSI)
+    registers = desk.driver.hardware.registers
+    desk.driver.create_queue_pair(vector=1)
+    registers.write32(Register.INTMS, 2)
+    flush_unseen(desk)
+    assert not interrupts.take(1)
+    registers.write32(Register.INTMC, 2)
+    assert interrupts.take(1)
+
+
+# Namespaces
+
+
+def test_a_namespace_that_is_added_is_told_of(desk: Desk, tmp_path: Path) -> None:
+    """5.2.1, 5.14.1.4: an event if the host wants it, the page that says which, and then it can be used."""
+    driver = desk.driver
+    driver.create_queue_pair()
+    (tmp_path / "two.img").write_bytes(b"\x22" * 64 * BLOCK)
+    driver.set_feature(Feature.ASYNC_EVENT_CONFIGURATION, 1 << 8)
+    driver.changed_namespaces()
+    waiting = driver.async_event()
+    desk.in_device(lambda: desk.device.add_namespace(str(tmp_path / "two.img")))
+    event = driver.event(waiting)
+    assert (event.what, event.log_page) == (AsyncEvent.NAMESPACE_ATTRIBUTE_CHANGED, LogPage.CHANGED_NAMESPACES)
+    assert driver.changed_namespaces() == [2]
+    assert driver.changed_namespaces() == []
+    assert driver.active_namespaces() == [1, 2]
+    assert driver.namespace(2).nsze == 64
+    assert driver.read(2, 63, 1) == b"\x22" * BLOCK
+    driver.write(2, 0, b"\x33" * BLOCK)
+    assert driver.read(1, 0, 1) == bytes(BLOCK)
+    waiting = driver.async_event()
+    desk.in_device(lambda: desk.device.remove_namespace(2))
+    driver.event(waiting)
+    assert driver.changed_namespaces() == [2]
+    with pytest.raises(NvmeError, match="INVALID_FIELD"):
+        driver.execute(Command(IoOpcode.FLUSH, 2))
+    assert (tmp_path / "two.img").read_bytes()[:BLOCK] == b"\x33" * BLOCK
+
+
+def test_no_event_for_who_does_not_want_it(desk: Desk, tmp_path: Path) -> None:
+    """5.21.1.11."""
+    driver = desk.driver
+    waiting = driver.async_event()
+    (tmp_path / "two.img").write_bytes(bytes(64 * BLOCK))
+    desk.in_device(lambda: desk.device.add_namespace(str(tmp_path / "two.img")))
+    driver.get_feature(Feature.ARBITRATION)
+    assert not waiting.done
+    assert driver.active_namespaces() == [1, 2]
+
+
+def test_a_disk_that_must_not_be_written(tmp_path: Path) -> None:
+    """8.19: NSATTR says so, and what writes is refused; what reads is not."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"\x44" * BLOCKS * BLOCK)
+    with contextlib.closing(Desk(Nvme(path=str(path), read_only=True))) as desk:
+        driver = desk.driver
+        driver.create_queue_pair()
+        assert driver.identify_namespace(1).nsattr & 1
+        calls: list[Callable[[], object]] = [
+            lambda: driver.write(1, 0, bytes(BLOCK)),
+            lambda: driver.write_zeroes(1, 0, 1),
+            lambda: driver.discard(1, [(0, 1)]),
+            lambda: driver.format(1),
+        ]
+        for call in calls:
+            with pytest.raises(NvmeError, match="NAMESPACE_WRITE_PROTECTED"):
+                call()
+        driver.flush()
+        driver.compare(1, 0, b"\x44" * BLOCK)
+        driver.verify(1, 0, 64)
+    assert path.read_bytes() == b"\x44" * BLOCKS * BLOCK
+
+
+@pytest.mark.parametrize("block_size", [512, 4096])
+def test_blocks_of_either_size(tmp_path: Path, block_size: int) -> None:
+    device = Nvme(path=str(tmp_path / "disk.img"), size=1 << 20, block_size=block_size)
+    with contextlib.closing(Desk(device)) as desk:
+        driver = desk.driver
+        driver.create_queue_pair()
+        assert driver.namespace(1).block_size == block_size
+        driver.write(1, 5, b"\x55" * block_size)
+        assert (tmp_path / "disk.img").read_bytes()[5 * block_size : 6 * block_size] == b"\x55" * block_size
+
+
+# Events and timers
+
+
+def test_a_temperature_that_is_reached(desk: Desk) -> None:
+    """5.21.1.4, 5.2.1: a threshold at or below what it is, if the host wants to know."""
+    driver = desk.driver
+    driver.set_feature(Feature.ASYNC_EVENT_CONFIGURATION, 1 << 1)
+    waiting = driver.async_event()
+    temperature = int.from_bytes(driver.log_page(LogPage.SMART_HEALTH, 512)[1:3], "little")
+    driver.set_feature(Feature.TEMPERATURE_THRESHOLD, temperature + 10)
+    driver.get_feature(Feature.ARBITRATION)
+    assert not waiting.done
+    driver.set_feature(Feature.TEMPERATURE_THRESHOLD, temperature - 10)
+    event = driver.event(waiting)
+    assert (event.what, event.log_page) == (AsyncEvent.TEMPERATURE_THRESHOLD, LogPage.SMART_HEALTH)
+
+
+def test_a_host_that_does_not_keep_it_alive(desk: Desk) -> None:
+    """7.12: the controller fails when nobody says a word for so long; a reset is the way back, without the timer."""
+    driver = desk.driver
+    driver.set_feature(Feature.KEEP_ALIVE_TIMER, 100)
+    driver.keep_alive()
+    driver.wait_status(ControllerStatus.CFS, ControllerStatus.CFS)
+    driver.enable()
+    assert driver.get_feature(Feature.KEEP_ALIVE_TIMER) == 0
+
+
+def test_settings_end_with_a_reset_of_the_function(desk: Desk) -> None:
+    """PCI: a reset of the device is one of the controller."""
+    desk.driver.set_feature(Feature.VOLATILE_WRITE_CACHE, 0)
+    desk.guest.reset()
+    desk.driver.forget()
+    desk.guest.write16(4, 6, PciRegion.CONFIG)
+    assert desk.driver.status == ControllerStatus(0)
+    desk.driver.enable()
+    assert desk.driver.get_feature(Feature.VOLATILE_WRITE_CACHE) == 1
