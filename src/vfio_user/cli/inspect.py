@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,9 +12,22 @@ import click
 
 from vfio_user.cli.reasons import naming
 from vfio_user.client import Client
-from vfio_user.errors import StreamError
-from vfio_user.tools.info import gather
-from vfio_user.tools.location import Location, parse_assignment
+from vfio_user.errors import StreamError, UsageError
+from vfio_user.tools.dump import lines, read_pieces, write_from, write_number
+from vfio_user.tools.info import gather, read_config
+from vfio_user.tools.info_text import describe
+from vfio_user.tools.load import make_device
+from vfio_user.tools.location import (
+    Extent,
+    Location,
+    Name,
+    Place,
+    check_fits,
+    parse_assignment,
+    parse_place,
+    region_name,
+)
+from vfio_user.tools.registers import Registers
 
 MIN_TIMEOUT, MAX_TIMEOUT = 0.01, 86400.0
 
@@ -21,6 +36,16 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: float) -> float:
     if not MIN_TIMEOUT <= value <= MAX_TIMEOUT:  # NaN is not either, which FloatRange would take
         raise click.BadParameter(f"{value} is not in the range {MIN_TIMEOUT} to {MAX_TIMEOUT:.0f}")
     return value
+
+
+class Seconds(click.FloatRange):
+    """As FloatRange, without NaN, which is neither below nor above."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return number
 
 
 timeout_option = click.option(
@@ -40,7 +65,7 @@ def open_for_reading(path: str) -> BinaryIO:
     return open(0, "rb", closefd=False) if path == "-" else open(path, "rb")
 
 
-@click.command()
+@click.command(epilog="Example: vfio-user info /tmp/edu.sock")
 @click.argument("path", metavar="SOCKET|FILE", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @timeout_option
@@ -54,7 +79,7 @@ def info(path: str, as_json: bool, timeout: float) -> None:
         return
     with connect(path, timeout) as client:
         facts = gather(client)
-    click.echo(json.dumps(facts) if as_json else "\n".join(_describe(facts)))
+    click.echo(json.dumps(facts) if as_json else "\n".join(describe(facts)))
 
 
 def _info_of_file(path: str, as_json: bool) -> None:
@@ -79,60 +104,127 @@ def _describe_saved(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def _describe(facts: dict[str, Any]) -> list[str]:
-    lines = [f"version     {facts['version']}"]
-    lines += [f"limits      {', '.join(f'{k} {v}' for k, v in facts['capabilities'].items()) or 'defaults'}"]
-    lines += _describe_pci(facts["pci"])
-    lines.append(f"device      {' '.join(facts['device']['flags'])}")
-    for region in facts["regions"]:
-        if region["size"]:
-            lines.append(
-                f"region {region['index']}    {region['name']:<7}{region['size']:>#12x}  {' '.join(region['flags'])}"
-            )
-            lines += [f"              mmap {area['offset']:#x}+{area['size']:#x}" for area in region["mmap_areas"]]
-    for irq in facts["irqs"]:
-        if irq["count"]:
-            lines.append(f"irq {irq['index']}       {irq['name']:<7}{irq['count']:>12}  {' '.join(irq['flags'])}")
-    migration = facts["migration"]
-    if migration["supported"]:
-        logging = "DMA logging" if migration["dma_logging"] else "no DMA logging"
-        size = "" if migration["data_size"] is None else f", about {migration['data_size']} bytes of state"
-        lines.append(f"migration   {' '.join(migration['flags'])}, {migration['state']}, {logging}{size}")
-    else:
-        lines.append("migration   not supported")
-    return lines
+device_option = click.option(
+    "--device", metavar="DEVICE", help="Whose registers the BARs have, as for serve; by default a built-in one's."
+)
 
 
-def _describe_pci(pci: dict[str, Any] | None) -> list[str]:
-    if pci is None:
-        return ["pci         no config space"]
-    lines = [f"pci         {pci['vendor_id']}:{pci['device_id']} class {pci['class_code']} revision {pci['revision']}"]
-    lines += [f"capability  [{cap['offset']:02x}] {cap['name']} (id {cap['id']:#04x})" for cap in pci["capabilities"]]
-    return lines
+def registers_of(client: Client, device: str | None) -> Registers:
+    """The registers that have names. Raises UsageError for a device that cannot be made."""
+    return Registers(read_config(client), None if device is None else make_device(device))
 
 
-@click.command()
+def resolve(place: Place, registers: Callable[[], Registers]) -> Location | Extent:
+    """Where a place is; only for a name the registers are asked for."""
+    return registers().find(place) if isinstance(place, Name) else place
+
+
+@click.command(
+    epilog="Example: vfio-user read /tmp/edu.sock config.command bar0.factorial bar0+0x10:u64 config+0..0x40"
+)
 @socket_argument
 @click.argument("places", metavar="PLACE...", nargs=-1, required=True)
+@click.option("--output", metavar="FILE", type=click.Path(), help='Write the bytes there instead; "-" is stdout.')
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@device_option
 @timeout_option
-def read(path: str, places: tuple[str, ...], timeout: float) -> None:
-    """Read registers: bar0+0x10:u32, config+0:u16, rom, or an index as region; u8 u16 u32 u64."""
-    locations = [Location.parse(place) for place in places]
+def read(
+    path: str, places: tuple[str, ...], output: str | None, as_json: bool, device: str | None, timeout: float
+) -> None:
+    """Read registers and ranges.
+
+    PLACE is REGION+OFFSET:WIDTH, as bar0+0x10:u32, with a REGION of bar0 to bar5, rom, config or an index and a WIDTH
+    of u8, u16, u32 or u64; a register's name, as config.command or msix.control; or a range, as bar0+0x10..0x40, which
+    ends before 0x40, and at the region's end without a number.
+    """
+    if output is not None and as_json:
+        raise UsageError("--output and --json exclude each other")
+    parsed = [parse_place(text) for text in places]
     with connect(path, timeout) as client:
-        for location in locations:
-            with naming(location):
-                data = client.region_read(location.region, location.offset, location.width)
-            click.echo(f"{location} = {int.from_bytes(data, 'little'):#0{2 + 2 * location.width}x}")
+        registers = cache(lambda: registers_of(client, device))
+        pairs = [(place, resolve(place, registers)) for place in parsed]
+        if output is not None:
+            _read_to_file(client, pairs, output)
+        elif as_json:
+            click.echo(json.dumps({str(place): _as_json(client, place, where) for place, where in pairs}))
+        else:
+            for place, where in pairs:
+                _show(client, place, where)
 
 
-@click.command()
+def _pieces(client: Client, place: Place, where: Location | Extent) -> Iterator[bytes]:
+    """What is there; what fails names the place."""
+    with naming(place):
+        if isinstance(where, Extent):
+            yield from read_pieces(client, where)
+        else:
+            yield client.region_read(where.region, where.offset, where.width)
+
+
+def _read_to_file(client: Client, pairs: Sequence[tuple[Place, Location | Extent]], output: str) -> None:
+    """What was read before something fails is in the file."""
+    with open(1, "wb", closefd=False) if output == "-" else open(output, "wb") as file:
+        for place, where in pairs:
+            for piece in _pieces(client, place, where):
+                file.write(piece)
+
+
+def _as_json(client: Client, place: Place, where: Location | Extent) -> int | str:
+    """A register's number, hexadecimal digits of a range."""
+    data = b"".join(_pieces(client, place, where))
+    return data.hex() if isinstance(where, Extent) else int.from_bytes(data, "little")
+
+
+def _show(client: Client, place: Place, where: Location | Extent) -> None:
+    pieces = _pieces(client, place, where)
+    if isinstance(where, Extent):
+        for line in lines(pieces, where.start, where.width):
+            click.echo(line)
+        return
+    value = int.from_bytes(b"".join(pieces), "little")
+    click.echo(f"{place} = {value:#0{2 + 2 * where.width}x}")
+
+
+@click.command(epilog="Example: vfio-user write /tmp/edu.sock config.command=0x6 bar0+0x4:u32=0x1234")
 @socket_argument
 @click.argument("assignments", metavar="PLACE=VALUE...", nargs=-1, required=True)
+@click.option("--input", "source", metavar="FILE", type=click.Path(), help='Write what is in there; "-" is stdin.')
+@device_option
 @timeout_option
-def write(path: str, assignments: tuple[str, ...], timeout: float) -> None:
-    """Write registers: bar0+0x4:u32=0x1234."""
-    writes = [parse_assignment(text) for text in assignments]
+def write(path: str, assignments: tuple[str, ...], source: str | None, device: str | None, timeout: float) -> None:
+    """Write registers: bar0+0x4:u32=0x1234, config.command=6.
+
+    With --input, one PLACE without a value: where the bytes of FILE go, as bar2+0x1000, or a range that they must fit
+    into, as bar2+0x1000..0x2000.
+    """
+    if source is not None:
+        _write_file(path, assignments, source, device, timeout)
+        return
+    parsed = [parse_assignment(text) for text in assignments]
     with connect(path, timeout) as client:
-        for location, value in writes:
+        for location, value in locate(client, parsed, device):
             with naming(location):
-                client.region_write(location.region, location.offset, value.to_bytes(location.width, "little"))
+                write_number(client, location, value)
+
+
+def locate(
+    client: Client, assignments: Sequence[tuple[Location | Name, int]], device: str | None
+) -> list[tuple[Location, int]]:
+    """Where each value goes. Raises UsageError before anything is written."""
+    registers = cache(lambda: registers_of(client, device))
+    located = [(registers().find(place) if isinstance(place, Name) else place, value) for place, value in assignments]
+    for location, value in located:
+        check_fits(location, value)
+    return located
+
+
+def _write_file(path: str, places: Sequence[str], source: str, device: str | None, timeout: float) -> None:
+    if len(places) != 1:
+        raise UsageError("--input FILE takes one PLACE")
+    place = parse_place(places[0])
+    with open_for_reading(source) as file, connect(path, timeout) as client:
+        where = resolve(place, lambda: registers_of(client, device))
+        with naming(place):
+            count = write_from(client, file, where)
+    start = where.start if isinstance(where, Extent) else where.offset
+    click.echo(f"{count} bytes written at {region_name(where.region)}+{start:#x}")

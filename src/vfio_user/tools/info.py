@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
 
 from vfio_user.client import Client
 from vfio_user.errors import CommandError
+from vfio_user.pci.capabilities import CONFIG_SIZE, EXTENDED_CONFIG_SIZE
+from vfio_user.tools.config_space import Snapshot, bars, class_name, command_flags, status_flags
+from vfio_user.tools.region_map import Span, spans, structures
 from vfio_user.wire.constants import (
     DeviceFeature,
     DeviceFlags,
@@ -19,26 +23,19 @@ from vfio_user.wire.constants import (
     RegionFlags,
 )
 
-CAPABILITY_NAMES = {
-    0x01: "power management",
-    0x05: "MSI",
-    0x09: "vendor specific",
-    0x10: "PCI Express",
-    0x11: "MSI-X",
-}
-_STATUS_CAPABILITIES = 0x10
-_HEADER_SIZE = 0x40
+_DWORD = 4
 
 
 def gather(client: Client) -> dict[str, Any]:
     """Keys: version, capabilities, device, regions, irqs, pci, migration. Values are JSON's types."""
+    snapshot = read_config(client)
     return {
         "version": "{}.{}".format(*client.version),
         "capabilities": msgspec.to_builtins(client.capabilities),
         "device": _device(client),
-        "regions": _regions(client),
-        "irqs": _irqs(client),
-        "pci": _pci(client),
+        "regions": _regions(client, {} if snapshot is None else structures(snapshot)),
+        "irqs": irqs(client),
+        "pci": None if snapshot is None else _pci(snapshot),
         "migration": _migration(client),
     }
 
@@ -59,7 +56,7 @@ def _device(client: Client) -> dict[str, Any]:
     }
 
 
-def _regions(client: Client) -> list[dict[str, Any]]:
+def _regions(client: Client, inside: Mapping[int, Sequence[Span]]) -> list[dict[str, Any]]:
     return [
         {
             "index": region.index,
@@ -67,12 +64,14 @@ def _regions(client: Client) -> list[dict[str, Any]]:
             "size": region.size,
             "flags": flag_names(region.flags, RegionFlags),
             "mmap_areas": [{"offset": offset, "size": size} for offset, size in region.mmap_areas],
+            "parts": [one._asdict() for one in spans(region, inside.get(region.index, ()))],
         }
         for region in client.regions
     ]
 
 
-def _irqs(client: Client) -> list[dict[str, Any]]:
+def irqs(client: Client) -> list[dict[str, Any]]:
+    """The interrupt indexes: index, name, count, flags."""
     return [
         {
             "index": index,
@@ -89,14 +88,23 @@ def name_of(kind: type[PciRegion | PciIrq], index: int) -> str:
     return kind(index).name.lower() if index in set(kind) else str(index)
 
 
-def _pci(client: Client) -> dict[str, Any] | None:
-    """Identity and capabilities from config space; None where there is none to read."""
-    if len(client.regions) <= PciRegion.CONFIG or client.regions[PciRegion.CONFIG].size < 256:
+def read_config(client: Client) -> Snapshot | None:
+    """Config space; None where there is none. A server that refuses to give it in one piece is asked for dwords."""
+    if len(client.regions) <= PciRegion.CONFIG or client.regions[PciRegion.CONFIG].size < CONFIG_SIZE:
         return None
-    config = client.region_read(PciRegion.CONFIG, 0, 256)
+    size = EXTENDED_CONFIG_SIZE if client.regions[PciRegion.CONFIG].size >= EXTENDED_CONFIG_SIZE else CONFIG_SIZE
+    try:
+        return Snapshot(client.region_read(PciRegion.CONFIG, 0, size))
+    except CommandError:
+        dwords = (client.region_read(PciRegion.CONFIG, offset, _DWORD) for offset in range(0, size, _DWORD))
+        return Snapshot(b"".join(dwords))
+
+
+def _pci(snapshot: Snapshot) -> dict[str, Any]:
+    """Identity and capabilities."""
 
     def field(offset: int, size: int) -> str:
-        return f"{int.from_bytes(config[offset : offset + size], 'little'):0{2 * size}x}"
+        return f"{snapshot.value(offset, size):0{2 * size}x}"
 
     return {
         "vendor_id": field(0x00, 2),
@@ -105,21 +113,22 @@ def _pci(client: Client) -> dict[str, Any] | None:
         "revision": field(0x08, 1),
         "subsystem_vendor_id": field(0x2C, 2),
         "subsystem_id": field(0x2E, 2),
-        "capabilities": [
-            {"offset": offset, "id": config[offset], "name": CAPABILITY_NAMES.get(config[offset], "unknown")}
-            for offset in _capability_offsets(config)
+        "class_name": class_name(snapshot.value(0x09, 3)),
+        "command": command_flags(snapshot),
+        "status": status_flags(snapshot),
+        "interrupt_pin": snapshot.value(0x3D, 1),
+        "bars": [asdict(bar) for bar in bars(snapshot)],
+        "capabilities": [{"offset": one.offset, "id": one.id, "name": one.kind.name} for one in snapshot.capabilities],
+        "extended_capabilities": [
+            {"offset": one.offset, "id": one.id, "version": one.version, "name": one.kind.name}
+            for one in snapshot.extended_capabilities
         ],
+        "decoded": {
+            f"{one.offset:02x}": one.fields(snapshot)
+            for one in (*snapshot.capabilities, *snapshot.extended_capabilities)
+        },
+        "complaints": snapshot.complaints,
     }
-
-
-def _capability_offsets(config: bytes) -> Iterator[int]:
-    """Along the chain; one that runs in a circle ends where it closes."""
-    offset = config[0x34] & ~3 if config[0x06] & _STATUS_CAPABILITIES else 0
-    seen: set[int] = set()
-    while offset >= _HEADER_SIZE and offset not in seen:
-        seen.add(offset)
-        yield offset
-        offset = config[offset + 1] & ~3
 
 
 def _migration(client: Client) -> dict[str, Any]:
