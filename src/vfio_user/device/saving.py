@@ -39,6 +39,7 @@ class Migrator:
         self._machine = StateMachine(flags, self._step)
         self._outgoing: StreamWriter | None = None
         self._incoming: StreamReader | None = None
+        self._before: dict[str, object] = {}  # what it was when RESUMING began
         self._ahead = 0  # bytes of the outgoing stream that are pre-copy
 
     @property
@@ -56,6 +57,7 @@ class Migrator:
 
     def reset(self) -> None:
         self._outgoing = self._incoming = None
+        self._before = {}
         self._machine.reset()
 
     def read(self, data: memoryview) -> int:
@@ -107,10 +109,11 @@ class Migrator:
             memory = sum(map(len, self._device.memory.values()))  # of this there can be no more than we have
             limit = memory + 4 * (self._stream_size() - memory) + LOAD_SLACK + 2 * self._device.pre_copy_limit
             self._incoming = StreamReader(self._device.stream_identity, limit)
+            self._before = collect(self._device)  # not when it loads: that is downtime
         elif source == DeviceState.RESUMING:
             assert self._incoming is not None
-            self._load(self._incoming.finish())
-            self._incoming = None
+            self._load(self._incoming.finish(), self._before)
+            self._incoming, self._before = None, {}
         elif target == DeviceState.RUNNING and source not in SAVING_STATES:
             self._entered_running()
 
@@ -136,9 +139,8 @@ class Migrator:
         stream.end()
         return stream.pending + self._device.parts_size()
 
-    def _load(self, loaded: LoadedStream) -> None:
-        """Have the device become what the stream says, or stay what it is."""
-        before = collect(self._device)
+    def _load(self, loaded: LoadedStream, before: dict[str, object]) -> None:
+        """Have the device become what the stream says, or stay what it was ``before``."""
         try:
             self._check_memory(loaded)
             apply(self._device, decode_state(loaded.state), loaded)
