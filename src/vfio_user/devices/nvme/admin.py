@@ -20,7 +20,7 @@ from vfio_user.devices.nvme.constants import (
 from vfio_user.devices.nvme.data import GuestData, data_ranges, prp_list
 from vfio_user.devices.nvme.doorbells import DoorbellBuffers
 from vfio_user.devices.nvme.execution import LATER, Handler, Later
-from vfio_user.devices.nvme.features import CURRENT, known_feature
+from vfio_user.devices.nvme.features import CAPABILITIES, CURRENT, RULES, known_feature
 from vfio_user.devices.nvme.logs import commands_page, firmware_page
 from vfio_user.devices.nvme.namespaces import BLOCK_SIZES, MAX_NAMESPACES, Namespace, active_namespace
 from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
@@ -37,6 +37,7 @@ _SAVE = 1 << 31
 _SQ_SIZE_FIELD, _CQ_SIZE_FIELD = 16, 20
 """Where CC has the entry sizes, as powers of two."""
 _TIMESTAMP_SIZE = 8
+_NOT_OF_NAMESPACES = Status.FEATURE_NOT_NAMESPACE_SPECIFIC
 _NO_ERASE, _ERASE_USER_DATA = 0, 1
 
 
@@ -69,7 +70,7 @@ class AdminCommands:
         }
         self._pages: dict[LogPage, Callable[[], bytes]] = {
             LogPage.ERROR_INFORMATION: controller.logs.error_page,
-            LogPage.SMART_HEALTH: controller.logs.health_page,
+            LogPage.SMART_HEALTH: lambda: controller.logs.health_page(warm=controller.too_warm),
             LogPage.FIRMWARE_SLOT: firmware_page,
             LogPage.CHANGED_NAMESPACES: controller.logs.changed_page,
             LogPage.COMMANDS_SUPPORTED: lambda: commands_page(self.handlers, controller.io.handlers),
@@ -141,9 +142,8 @@ class AdminCommands:
         number = command.cdw10 & 0xFFFF
         check(number > 0 and number in self._executor.completions, Status.INVALID_QUEUE_IDENTIFIER)
         check(not self._executor.completions[number].users, Status.INVALID_QUEUE_DELETION)
-        gone = self._executor.completions.pop(number)
-        gone.head = gone.tail
-        self._controller.completed(gone)
+        del self._executor.completions[number]
+        self._controller.follow_completions()
         return 0
 
     # Identify (5.15)
@@ -187,12 +187,14 @@ class AdminCommands:
 
     def _get_features(self, queue: SubmissionQueue, command: Command) -> int:
         feature, select = known_feature(command.cdw10 & 0xFF), command.cdw10 >> 8 & 7
-        if feature is Feature.TIMESTAMP and select == CURRENT:
-            self._data(command, _TIMESTAMP_SIZE).write(self._controller.timestamp.to_bytes(8, "little"))
+        if feature is Feature.TIMESTAMP and select != CAPABILITIES:
+            check(select < CAPABILITIES)
+            value = self._controller.timestamp if select == CURRENT else 0
+            self._data(command, _TIMESTAMP_SIZE).write(value.to_bytes(_TIMESTAMP_SIZE, "little"))
             return 0
         return self._controller.features.select(feature, select, command.cdw11)
 
-    def _set_features(self, queue: SubmissionQueue, command: Command) -> int:
+    def _set_features(self, queue: SubmissionQueue, command: Command) -> int | Later:
         feature = known_feature(command.cdw10 & 0xFF)
         check(not command.cdw10 & _SAVE, Status.FEATURE_NOT_SAVEABLE)
         controller, features = self._controller, self._controller.features
@@ -206,10 +208,15 @@ class AdminCommands:
             granted = min(command.cdw11 & 0xFFFF, most) | min(command.cdw11 >> 16, most) << 16
             features.set(feature, granted)
             return granted
+        if feature is Feature.INTERRUPT_VECTOR_CONFIGURATION:
+            check(command.cdw11 & 0xFFFF < controller.interrupt_vectors)
+        check(RULES[feature].per_namespace or command.nsid in (0, ALL_NAMESPACES), _NOT_OF_NAMESPACES)
         features.set(feature, command.cdw11)
         controller.follow_feature(feature)
+        if feature is Feature.VOLATILE_WRITE_CACHE and not features.get(feature):
+            return self._executor.later(queue, command, self._controller.flush)
         if feature is Feature.TEMPERATURE_THRESHOLD:
-            controller.check_temperature(command.cdw11)
+            controller.check_temperature()
         return 0
 
     # Others
@@ -258,17 +265,17 @@ class AdminCommands:
             namespace.formatting = True
 
         def work() -> int:
-            try:
-                for namespace in targets:
-                    namespace.storage.write_zeroes(0, namespace.storage.size, unmap=True)
-                    namespace.storage.flush()
-            finally:
-                for namespace in targets:
-                    namespace.formatting = False
+            for namespace in targets:
+                namespace.storage.write_zeroes(0, namespace.storage.size, unmap=True)
+                namespace.storage.flush()
             return 0
+
+        def ended() -> None:  # aborted, too
+            for namespace in targets:
+                namespace.formatting = False
 
         def finish() -> None:
             for namespace in targets:
                 namespace.format(BLOCK_SIZES[number])
 
-        return self._executor.later(queue, command, work, finish=finish)
+        return self._executor.later(queue, command, work, ended=ended, finish=finish)

@@ -7,6 +7,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from vfio_user.device import Bar, Device, option, parse_size, register, state
 from vfio_user.devices.nvme.admin import AdminCommands
@@ -27,8 +28,8 @@ from vfio_user.devices.nvme.constants import (
 from vfio_user.devices.nvme.doorbells import HEAD, STRIDE
 from vfio_user.devices.nvme.events import AsyncEvents
 from vfio_user.devices.nvme.execution import MAX_BURST, Executor
-from vfio_user.devices.nvme.features import NAMESPACE_NOTICES, TEMPERATURE, Features
-from vfio_user.devices.nvme.identify import ControllerIdentity
+from vfio_user.devices.nvme.features import NAMESPACE_NOTICES, TEMPERATURE, UNDER_THRESHOLD, Features
+from vfio_user.devices.nvme.identify import MODEL_LENGTH, SERIAL_LENGTH, ControllerIdentity
 from vfio_user.devices.nvme.io import IoCommands
 from vfio_user.devices.nvme.keep_alive import KeepAlive
 from vfio_user.devices.nvme.logs import Logs
@@ -68,7 +69,9 @@ CAPABILITIES = (MAX_QUEUE_SIZE - 1) | _READY_TIMEOUT << 24 | 1 << 36 | 1 << 37 |
 _ALL = 0xFFFF_FFFF
 _ADDRESS = (1 << 64) - (1 << 12)
 _SHUTDOWN = Configuration.SHN
-_UNCHANGEABLE = Configuration.CSS | Configuration.AMS
+_UNCHANGEABLE = int(Configuration.CSS | Configuration.AMS)
+_FIXED = int(Configuration.CSS | Configuration.AMS | Configuration.MPS)
+"""What can be set while the controller is disabled only (3.1.5)."""
 _SMART_TEMPERATURE = 1 << 1
 _SET_BY_HOST = 1 << 1 << 48
 """Origin of a timestamp (5.21.1.14)."""
@@ -129,6 +132,9 @@ class Nvme(Device):
             raise ValueError(f"queues={self.queues}: 1 to {MAX_QUEUES} are possible")
         if self.threads < 1:
             raise ValueError(f"threads={self.threads}: at least one is needed")
+        for name, most in (("serial", SERIAL_LENGTH), ("model", MODEL_LENGTH)):
+            if len(getattr(self, name)) > most:
+                raise ValueError(f"{name} of more than {most} characters")
         self.msix_vectors = self.queues + 1
         self.namespaces: dict[int, Namespace] = {}
         serial = self.serial or _serial_of(self.path)
@@ -193,12 +199,20 @@ class Nvme(Device):
         return namespace
 
     def remove_namespace(self, number: int) -> None:
-        """Detach a namespace; the host is told as of one that was added. Raises KeyError for one that is not there."""
-        storage = self.namespaces.pop(number).storage
-        self.executor.workers.wait(QUIESCE_TIMEOUT)
-        storage.release()
-        storage.close()
-        self._changed(number)
+        """Detach a namespace; the host is told as of one that was added.
+
+        Raises KeyError for one that is not there, OSError where the storage does not end what it is at (then nothing
+        has changed) or cannot make it durable.
+        """
+        storage = self.namespaces[number].storage
+        self.executor.quiesce(QUIESCE_TIMEOUT)
+        del self.namespaces[number]
+        try:
+            storage.release()
+        finally:
+            storage.close()
+            self._changed(number)
+            self.defer(self._work)
 
     def _open(self, path: str, size: int) -> Storage:
         wanted = size or (MEMORY_SIZE if path == MEMORY else None)
@@ -238,7 +252,9 @@ class Nvme(Device):
 
     @cc.on_write
     def _configure(self, old: int, new: int) -> None:
-        if (old ^ new) & Configuration.EN:
+        if old & new & Configuration.EN:
+            self.cc = new & ~_FIXED | old & _FIXED
+        elif (old ^ new) & Configuration.EN:
             (self._enable if new & Configuration.EN else self._disable)()
         if new & _SHUTDOWN and not old & _SHUTDOWN:
             self._shut_down()
@@ -310,21 +326,35 @@ class Nvme(Device):
         self.csts |= ControllerStatus.RDY
 
     def _disable(self, status: int = 0) -> None:
-        """CC.EN became 0, a controller reset (7.3.2): done when nothing is under way any more."""
-        self.executor.clear()
-        self.events.reset()
-        self.features.reset()
-        self.keep_alive.stop()
-        self.executor.burst = MAX_BURST
+        """CC.EN became 0, a controller reset (7.3.2): done when nothing is under way any more, and all is durable."""
+        self._forget()
         self.interrupt_mask = 0
         self._set_pin()
         self.csts = status | self.csts & (ControllerStatus.NSSRO | ControllerStatus.RDY)
+        self._let_go()
 
-        def reset() -> None:
+    def _forget(self) -> None:
+        """Everything that a host had set up is no more."""
+        self.executor.clear()
+        self.executor.burst = MAX_BURST
+        self.events.reset()
+        self.features.reset()
+        self.keep_alive.stop()
+
+    def _let_go(self) -> None:
+        """Leave the storage to others when nothing is under way any more: then a reset is done."""
+
+        def release() -> int:
             self._release()
+            return 0
+
+        def released(result: int, error: BaseException | None) -> None:
             self.csts &= ~ControllerStatus.RDY
 
-        self.executor.when(self.executor.idle, reset)
+        def start() -> None:
+            self.executor.workers.start(release, released)
+
+        self.executor.when(self.executor.idle, start)
 
     def _shut_down(self) -> None:
         """The host is about to leave (3.1.5, SHN)."""
@@ -332,26 +362,20 @@ class Nvme(Device):
         self.executor.when(self.executor.idle, self._shut_down_now)
 
     def _shut_down_now(self) -> None:
-        storages = [namespace.storage for namespace in self.namespaces.values()]
-
-        def flush() -> int:
-            for storage in storages:
-                storage.flush()
-            return 0
-
         def flushed(result: int, error: BaseException | None) -> None:
             if error is not None:
                 logger.error("what was written is not safe: %s", error)
             if self.csts & ControllerStatus.SHST_OCCURRING:  # a reset may have come in between
                 self.csts = self.csts & ~ControllerStatus.SHST | ControllerStatus.SHST_COMPLETE
 
-        self.executor.workers.start(flush, flushed)
+        self.executor.workers.start(self.flush, flushed)
 
     def _acquire(self) -> bool:
         try:
             for namespace in self.namespaces.values():
                 namespace.storage.acquire()
         except OSError as error:
+            self._release()
             self.fatal(f"its storage cannot be had: {error}")
             return False
         return True
@@ -364,14 +388,11 @@ class Nvme(Device):
                 logger.error("%s: what was written is not safe: %s", namespace.storage.name, error)
 
     def _abandoned(self) -> None:
-        if self.executor.enabled and not self.executor.held:
+        if self.executor.enabled and self.keep_alive.overdue:
             self.fatal("the host did not keep it alive")
 
     def on_reset(self) -> None:
-        self.executor.clear()
-        self.events.reset()
-        self.features.reset()
-        self.keep_alive.stop()
+        self._forget()
         self._follow_migration()
 
     # What the executor tells
@@ -409,6 +430,10 @@ class Nvme(Device):
         self.events.add(event)
         self.executor.send_interrupts()
 
+    def follow_completions(self) -> None:
+        """A completion queue is gone, and with it perhaps the reason for an interrupt."""
+        self._set_pin()
+
     def _set_pin(self) -> None:
         """INTx is asserted as long as there is a completion that the host has not taken (7.5.1)."""
         queues = self.executor.completions.values()
@@ -441,11 +466,22 @@ class Nvme(Device):
         elif feature is Feature.KEEP_ALIVE_TIMER:
             self.keep_alive.set(self.features.get(feature))
 
-    def check_temperature(self, dword: int) -> None:
-        """The host set a threshold: tell it if that is passed (5.21.1.4)."""
-        wanted = self.features.get(Feature.ASYNC_EVENT_CONFIGURATION) & _SMART_TEMPERATURE
-        if wanted and not dword >> 20 & 3 and dword & 0xFFFF <= TEMPERATURE:
+    @property
+    def too_warm(self) -> bool:
+        """Whether the temperature, which never changes, has passed a threshold of the host's (5.21.1.4)."""
+        threshold = partial(self.features.get, Feature.TEMPERATURE_THRESHOLD)
+        return not threshold(UNDER_THRESHOLD) < TEMPERATURE < threshold()
+
+    def check_temperature(self) -> None:
+        """The host set a threshold: tell it if that is passed."""
+        if self.too_warm and self.features.get(Feature.ASYNC_EVENT_CONFIGURATION) & _SMART_TEMPERATURE:
             self.events.add(AsyncEvent.TEMPERATURE_THRESHOLD)
+
+    def flush(self) -> int:
+        """Make everything durable; a worker does it. Raises OSError."""
+        for namespace in tuple(self.namespaces.values()):
+            namespace.storage.flush()
+        return 0
 
     # DMA, migration
 
@@ -481,10 +517,14 @@ class Nvme(Device):
         running = self.migration_get_state() in RUNNING_STATES
         self.executor.held = not running
         self._stopped_at = None if running else self._stopped_at or time.monotonic()
-        if not running or not self.executor.enabled:
-            self._release()
-        if running:
-            self.defer(self._work)
+        if not running:
+            self.keep_alive.stop()
+            self._release()  # nothing is under way
+            return
+        self.follow_feature(Feature.KEEP_ALIVE_TIMER)
+        if not self.executor.enabled:
+            self._let_go()
+        self.defer(self._work)
 
     def pre_copy_start(self) -> None:
         for _, storage in self.carried():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Final, Protocol
@@ -19,8 +20,10 @@ logger = logging.getLogger("vfio_user.devices.nvme")
 
 MAX_BURST = 64
 """Commands of one queue before the others have their turn, and before interrupts are sent."""
-MAX_ROUNDS = 16
-"""Turns of all queues before the client is served again: one with shadow doorbells may never have nothing for us."""
+FUSED = 2
+"""Places for completions that two fused commands need: nothing needs more."""
+MAX_SECONDS = 0.01
+"""Before the client is served again: one with many queues, or with shadow doorbells, may never have nothing for us."""
 MAX_JOBS = 256
 """Commands that workers have, or will have: further ones wait in their queues."""
 
@@ -34,8 +37,9 @@ class Later(Enum):
 LATER: Final = Later.LATER
 Handler = Callable[[SubmissionQueue, Command], int | Later]
 """Carries a command out: the result, dword 0 of the completion. Raises CommandError, or what the storage raises."""
-FusedHandler = Callable[[Command, Command], tuple[int, int] | None]
-"""Carries two fused commands out: the status of each; None: they must wait for others."""
+Statuses = tuple[int, int]
+FusedHandler = Callable[[Command, Command], Callable[[], Statuses] | None]
+"""What a worker is to do for two fused commands, which gives the status of each; None: they must wait for others."""
 
 
 class Controller(Protocol):
@@ -71,6 +75,7 @@ class Executor:
         self._when: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self._told: dict[CompletionQueue, None] = {}
         self._working = False
+        self._alone = False  # two fused commands are under way, and no others may be
         self.submissions: dict[int, SubmissionQueue] = {}
         self.completions: dict[int, CompletionQueue] = {}
         self.doorbells: DoorbellBuffers | None = None
@@ -96,8 +101,9 @@ class Executor:
             return
         self._working = True
         try:
-            for _ in range(MAX_ROUNDS):
-                if not self.enabled or self.held or not self._serve_all():
+            until = time.monotonic() + MAX_SECONDS
+            while time.monotonic() < until:
+                if not self.enabled or self.held or not self._serve_all(until):
                     return
             self._controller.come_back()
         except OSError as error:
@@ -105,25 +111,30 @@ class Executor:
         finally:
             self._working = False
             self.send_interrupts()
+            self._settle()
 
-    def _serve_all(self) -> bool:
+    def _serve_all(self, until: float) -> bool:
         """A burst of every queue in turn (4.13, round robin). False: there is nothing to be done now."""
         served = False
         for queue in tuple(self.submissions.values()):
             if queue.head != queue.tail or self.doorbells is not None:
-                served |= self._serve(queue)
+                served |= self._serve(queue, until)
         return served
 
-    def _serve(self, queue: SubmissionQueue) -> bool:
-        """A burst of commands of one queue. False: there is nothing to be done now."""
+    def _serve(self, queue: SubmissionQueue, until: float) -> bool:
+        """A burst of commands of one queue, cut off at ``until``. False: there is nothing to be done now."""
         if self.doorbells is not None and queue.number:
             self._look_at(queue, self.doorbells)
-        room = min(queue.completions.room, MAX_JOBS - len(self.workers))
+        room = queue.completions.room
+        if queue.number and self._alone:
+            return False
+        if queue.number:  # commands of the host for the controller, ABORT say, do not wait for the storage
+            room = min(room, MAX_JOBS - len(self.workers))
         count = min(queue.waiting, room, self.burst)
         if count <= 0:
             return False
         for command in queue.peek(count):
-            if not queue.alive or not self.enabled:
+            if not queue.alive or not self.enabled or time.monotonic() > until:
                 break
             if command.flags & FUSE_MASK:
                 if not self._serve_fused(queue, command):
@@ -164,18 +175,43 @@ class Executor:
             reserved = first.fuse == FUSE_MASK or not queue.number
             self.refuse(queue, first, CommandError(Status.INVALID_FIELD if reserved else Status.ABORTED_MISSING_FUSED))
             return True
-        if queue.completions.room < 2:
+        if queue.completions.room < FUSED:
             return False
         try:
-            statuses = self._fused(first, second)
+            work = self._fused(first, second)
         except Exception as error:
-            statuses = status_of(error, first), Status.ABORTED_FAILED_FUSED
-        if statuses is None:
-            return False
-        for command, status in zip((first, second), statuses, strict=True):
             self._fetched(queue)
-            self._end(queue, command, status)
+            self._fetched(queue)
+            self._end_both(queue, (first, second), _both_failed(error, first))
+            return True
+        if work is None:
+            return False
+        self._fetched(queue)
+        self._fetched(queue)
+        self._start_fused(queue, (first, second), work)
         return True
+
+    def _start_fused(self, queue: SubmissionQueue, pair: tuple[Command, Command], work: Callable[[], Statuses]) -> None:
+        """Have a worker do ``work`` for two commands while no other one is under way."""
+        found: list[Statuses] = []
+
+        def worked() -> int:
+            found.append(work())
+            return 0
+
+        def landed(result: int, error: BaseException | None) -> None:
+            self._alone = False
+            for command in pair:
+                queue.busy.pop(command.cid, None)
+            self._end_both(queue, pair, _both_failed(error, pair[0]) if error is not None else found[0])
+
+        self._alone = True
+        job = self.workers.start(worked, landed)
+        queue.busy.update((command.cid, job) for command in pair)
+
+    def _end_both(self, queue: SubmissionQueue, pair: tuple[Command, Command], statuses: Statuses) -> None:
+        for command, status in zip(pair, statuses, strict=True):
+            self._end(queue, command, status)
 
     # Doorbells
 
@@ -186,13 +222,15 @@ class Executor:
         the host made.
         """
         queue = (self.completions if head else self.submissions).get(number)
+        if self.doorbells is not None and number and queue is not None:
+            return True  # a call only: what counts is in memory, and may be newer
         places = queue.room if isinstance(queue, CompletionQueue) else 0
         if queue is None:
             self._controller.invalid_doorbell(AsyncEvent.INVALID_DOORBELL_REGISTER)
         elif not (queue.take_head(value) if isinstance(queue, CompletionQueue) else queue.take_tail(value)):
             self._controller.invalid_doorbell(AsyncEvent.INVALID_DOORBELL_VALUE)
         else:
-            return places < 2 or self.doorbells is not None  # two fused commands need two places
+            return places < FUSED or self.doorbells is not None
         return False
 
     def mirror(self, doorbells: DoorbellBuffers) -> None:
@@ -215,7 +253,7 @@ class Executor:
         completions = queue.completions
         head = head_of(completions.number)
         completions.take_head(doorbells.read(head))
-        if self.pin or (queue.waiting and completions.room <= 0):
+        if self.pin or (queue.waiting and completions.room < FUSED):
             completions.take_head(doorbells.look_on(head, completions.head))
 
     # Completing
@@ -237,14 +275,14 @@ class Executor:
 
     def answer(self, cid: int, result: int, status: int = 0) -> bool:
         """Complete an admin command whose place was not promised; False where there is none."""
-        queue = self.submissions[0]
-        if queue.completions.room <= 0:
+        queue = self.submissions.get(0)
+        if queue is None or queue.completions.room <= 0:
             return False
         queue.completions.promised += 1
         self.complete(queue, cid, status, result)
         return True
 
-    def refuse(self, queue: SubmissionQueue, command: Command, error: Exception) -> None:
+    def refuse(self, queue: SubmissionQueue, command: Command, error: BaseException) -> None:
         """Complete a fetched command with what an error comes to."""
         self._end(queue, command, status_of(error, command), getattr(error, "result", 0))
 
@@ -284,7 +322,7 @@ class Executor:
                     raise error
                 if finish is not None:
                     finish()
-            except Exception as problem:
+            except BaseException as problem:
                 self.refuse(queue, command, problem)
             else:
                 self.complete(queue, command.cid, 0, result)
@@ -312,30 +350,38 @@ class Executor:
     def land(self) -> None:
         """Complete what workers have done, and go on."""
         self.workers.land()
+        self._settle()
+        self.work()
+
+    def _settle(self) -> None:
+        """Do what waited for something to end."""
         waiting, self._when = self._when, []
         for condition, action in waiting:
             self.when(condition, action)
-        self.work()
 
     def idle(self) -> bool:
-        """Whether no worker is at anything."""
-        return not self.workers
+        """Whether nothing is under way: with a worker, or here, where DMA by messages serves the client meanwhile."""
+        return not self.workers and not self._working
 
     def quiesce(self, timeout: float) -> None:
         """Wait until nothing is under way, and complete that; begin nothing new. Raises OSError(ETIMEDOUT)."""
-        self.workers.wait(timeout)
         held, self.held = self.held, True
+        deadline = time.monotonic() + timeout
         try:
-            self.land()
+            while self.workers:  # what lands may have begun something else: a shutdown its flush
+                self.workers.wait(max(0.0, deadline - time.monotonic()))
+                self.land()
         finally:
             self.held = held
 
     def clear(self) -> None:
         """Forget all queues: a reset. What is under way elsewhere ends without a completion."""
         self.enabled = False
-        for queue in self.submissions.values():
+        submissions, self.submissions, self.completions = self.submissions, {}, {}
+        for queue in submissions.values():
             queue.alive = False
-        self.submissions, self.completions = {}, {}
+            for cid in list(queue.busy):
+                self.abort(queue, cid)  # what no worker has begun never will be
         self.doorbells = None
         self._told.clear()
         self._when.clear()
@@ -362,7 +408,12 @@ _MEDIA = frozenset({errno.EIO, errno.EILSEQ, errno.EBADMSG})
 """What a disk says of itself; anything else is a storage that is not there, and may be back."""
 
 
-def status_of(error: Exception, command: Command) -> int:
+def _both_failed(error: BaseException, first: Command) -> Statuses:
+    """The statuses of two fused commands that could not be carried out."""
+    return status_of(error, first), Status.ABORTED_FAILED_FUSED
+
+
+def status_of(error: BaseException, command: Command) -> int:
     """The status field, without its phase tag, of a command that ended with ``error``."""
     if isinstance(error, CommandError):
         return error.status | (0 if error.retry else STATUS_DO_NOT_RETRY)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from vfio_user.devices.nvme.command import CommandError, check
 from vfio_user.devices.nvme.constants import Feature, Status
 
 KELVIN = 273
 TEMPERATURE = KELVIN + 25
+WARNING_TEMPERATURE, CRITICAL_TEMPERATURE = TEMPERATURE + 45, TEMPERATURE + 60
 """Of a disk that has none, in Kelvin."""
+
+_SENSOR, _THRESHOLD, UNDER_THRESHOLD = 0xF_0000, 3 << 20, 1 << 20
+"""Of TEMPERATURE_THRESHOLD (5.21.1.4): there is the composite temperature only; what is above, and what is below it."""
 
 CURRENT, DEFAULT, SAVED, CAPABILITIES = range(4)
 """What GET FEATURES is asked for (5.8, SEL)."""
@@ -26,7 +30,13 @@ class FeatureRule:
     per_namespace: bool = False
     selector: int = 0
     """Bits of dword 11 that say which of several values is meant: a vector, a sensor."""
+    defaults: Mapping[int, int] = field(default_factory=dict)
+    """By selector, where they differ."""
     allowed: Callable[[int], bool] = lambda value: True
+
+    def sound(self, selector: int, value: int) -> bool:
+        """Whether a host could have set that."""
+        return not selector & ~self.selector and not value & ~self.settable and self.allowed(selector | value)
 
     @property
     def capabilities(self) -> int:
@@ -36,7 +46,13 @@ class FeatureRule:
 RULES = {
     Feature.ARBITRATION: FeatureRule(7, 0xFFFF_FF07),  # no limit to a burst
     Feature.POWER_MANAGEMENT: FeatureRule(0, 0xFF, allowed=lambda value: not value & 0x1F),  # one power state
-    Feature.TEMPERATURE_THRESHOLD: FeatureRule(0xFFFF, 0xFFFF, selector=0x3F_0000),
+    Feature.TEMPERATURE_THRESHOLD: FeatureRule(
+        WARNING_TEMPERATURE,
+        0xFFFF,
+        selector=_SENSOR | _THRESHOLD,
+        defaults={UNDER_THRESHOLD: 0},
+        allowed=lambda value: not value & _SENSOR and value & _THRESHOLD in (0, UNDER_THRESHOLD),
+    ),
     Feature.ERROR_RECOVERY: FeatureRule(0, 0xFFFF, per_namespace=True),
     Feature.VOLATILE_WRITE_CACHE: FeatureRule(1, 1),
     Feature.NUMBER_OF_QUEUES: FeatureRule(0, 0xFFFF_FFFF, allowed=lambda v: v & 0xFFFF != 0xFFFF and v >> 16 != 0xFFFF),
@@ -44,9 +60,10 @@ RULES = {
     Feature.INTERRUPT_VECTOR_CONFIGURATION: FeatureRule(0, 0x1_0000, selector=0xFFFF),
     Feature.WRITE_ATOMICITY_NORMAL: FeatureRule(0, 1),
     Feature.ASYNC_EVENT_CONFIGURATION: FeatureRule(0, 0x1FF),
+    Feature.TIMESTAMP: FeatureRule(0, 1),
     Feature.KEEP_ALIVE_TIMER: FeatureRule(0, 0xFFFF_FFFF),
 }
-"""Those whose value is dword 11; TIMESTAMP is another kind."""
+"""The value of TIMESTAMP alone is not dword 11."""
 
 NAMESPACE_NOTICES = 1 << 8
 """Of ASYNC_EVENT_CONFIGURATION: tell of changed namespaces."""
@@ -60,7 +77,8 @@ class Features:
 
     def get(self, feature: Feature, selector: int = 0) -> int:
         """The current value, as dword 0 of a completion has it."""
-        return self.values.get((feature, selector), RULES[feature].default)
+        rule = RULES[feature]
+        return self.values.get((feature, selector), rule.defaults.get(selector, rule.default))
 
     def set(self, feature: Feature, dword: int) -> None:
         """Set what dword 11 of the command says. Raises CommandError for a value that it cannot have."""
@@ -72,10 +90,12 @@ class Features:
         """What GET FEATURES answers to SEL. Raises CommandError for a reserved one."""
         check(select <= CAPABILITIES)
         rule = RULES[feature]
+        check(rule.selector != _SENSOR | _THRESHOLD or rule.allowed(dword))
         which = dword & rule.selector
         if select == CAPABILITIES:
             return rule.capabilities
-        return (self.get(feature, which) if select == CURRENT else rule.default) | which
+        value = self.get(feature, which) if select == CURRENT else rule.defaults.get(which, rule.default)
+        return value | which
 
     def reset(self) -> None:
         self.values.clear()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vfio_user import __version__
 from vfio_user.devices.nvme.constants import CQE_SIZE, SQE_SIZE, VERSION
-from vfio_user.devices.nvme.features import TEMPERATURE
+from vfio_user.devices.nvme.features import CRITICAL_TEMPERATURE, WARNING_TEMPERATURE
 from vfio_user.devices.nvme.namespaces import BLOCK_SIZES, MAX_NAMESPACES, Namespace
 
 SIZE = 4096
@@ -41,13 +41,18 @@ NIDT_NGUID, NIDT_UUID = 2, 3
 KEEP_ALIVE_GRANULARITY = 1
 """In units of 100 ms."""
 POWER_IN_CENTIWATT = 2500
-WARNING_TEMPERATURE, CRITICAL_TEMPERATURE = TEMPERATURE + 45, TEMPERATURE + 60
+SHUTDOWN_MICROSECONDS = 20_000_000
+"""RTD3E: how long a host waits for a shutdown, whose flush may take its time."""
 SGL_SUPPORTED, SGL_BIT_BUCKET, SGL_LONGER = 1 << 0, 1 << 16, 1 << 18
+
+
+SERIAL_LENGTH, MODEL_LENGTH = 20, 40
+"""Bytes of ASCII."""
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerIdentity:
-    """What tells this controller from others. ``serial`` and ``model``: ASCII, cut to 20 and 40 bytes."""
+    """What tells this controller from others."""
 
     vendor: int
     subsystem_vendor: int
@@ -71,11 +76,12 @@ def controller(identity: ControllerIdentity) -> bytes:
     return _structure(
         (0, "H", identity.vendor),
         (2, "H", identity.subsystem_vendor),
-        (4, "20s", text(identity.serial, 20)),
-        (24, "40s", text(identity.model, 40)),
+        (4, "20s", text(identity.serial, SERIAL_LENGTH)),
+        (24, "40s", text(identity.model, MODEL_LENGTH)),
         (64, "8s", text(__version__, 8)),
         (77, "B", MAX_DATA_SHIFT),
         (80, "I", VERSION),
+        (88, "I", SHUTDOWN_MICROSECONDS),
         (92, "I", OAES_NAMESPACE_NOTICES),
         (111, "B", IO_CONTROLLER),
         (256, "H", OACS_FORMAT | OACS_DOORBELLS),

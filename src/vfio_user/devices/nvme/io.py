@@ -163,8 +163,8 @@ class IoCommands:
 
         return self._later(queue, command, namespace, work)
 
-    def compare_and_write(self, first: Command, second: Command) -> tuple[int, int] | None:
-        """A fused pair, at one go (6.1.1): the status of each. None: other commands are under way."""
+    def compare_and_write(self, first: Command, second: Command) -> Callable[[], tuple[int, int]] | None:
+        """A fused pair, at one go (6.1.1): what to do, which gives the status of each. None: others are under way."""
         namespace = self._writable(second)
         check(first.opcode == IoOpcode.COMPARE and second.opcode == IoOpcode.WRITE)
         check(first[3:4] + first[8:10] == second[3:4] + second[8:10] and (first.cdw12 ^ second.cdw12) & 0xFFFF == 0)
@@ -173,14 +173,19 @@ class IoCommands:
         if namespace.busy:
             return None
         expected, data = self._data(first, length).read(), self._data(second, length).read()
-        try:
-            _expect(namespace, offset, expected)
-        except CommandError as error:
-            return error.status | STATUS_DO_NOT_RETRY, Status.ABORTED_FAILED_FUSED
-        namespace.storage.write(offset, [memoryview(data)])
-        if self._durable(second):
-            namespace.storage.flush()
-        return 0, 0
+        storage, durable = namespace.storage, self._durable(second)
+
+        def work() -> tuple[int, int]:
+            try:
+                _expect(namespace, offset, expected)
+            except CommandError as error:
+                return error.status | STATUS_DO_NOT_RETRY, Status.ABORTED_FAILED_FUSED
+            storage.write(offset, [memoryview(data)])
+            if durable:
+                storage.flush()
+            return 0, 0
+
+        return work
 
     def _later(
         self,

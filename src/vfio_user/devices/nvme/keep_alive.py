@@ -12,9 +12,15 @@ class KeepAlive:
 
     def __init__(self, expired: Callable[[], None]) -> None:
         self._expired = expired
+        self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self._seconds = 0.0
         self._deadline = 0.0
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the host has been silent for too long, and somebody waits for it."""
+        return self._timer is not None and time.monotonic() >= self._deadline
 
     def set(self, milliseconds: int) -> None:
         """How long the host may be silent; 0: for ever."""
@@ -30,9 +36,10 @@ class KeepAlive:
 
     def stop(self) -> None:
         """Wait no longer, until :meth:`set`."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
     def _arm(self, seconds: float) -> None:
         self._timer = threading.Timer(seconds, self._look)
@@ -40,10 +47,11 @@ class KeepAlive:
         self._timer.start()
 
     def _look(self) -> None:
-        timer, left = self._timer, self._deadline - time.monotonic()
-        if timer is not threading.current_thread():
-            return
-        if left > 0:
-            self._arm(left)
-        else:
+        with self._lock:
+            if self._timer is not threading.current_thread():
+                return
+            left = self._deadline - time.monotonic()
+            if left > 0:
+                self._arm(left)
+        if left <= 0:
             self._expired()

@@ -6,6 +6,9 @@ import struct
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from msgspec import Meta
 
 from vfio_user import __version__
 from vfio_user.devices.nvme.command import Command
@@ -17,6 +20,7 @@ _ERROR = struct.Struct("<QHHHHQIB35x")
 """An error information log entry (figure 197), 64 bytes."""
 _DATA_UNIT = 512 * 1000
 """Bytes that SMART counts as one."""
+_TEMPERATURE_WARNING = 1 << 1
 _SUPPORTED = 1 << 0
 _CHANGES_CONTENT, _CHANGES_NAMESPACE = 1 << 1, 1 << 2
 _SUBMITTED_ALONE = 1 << 16
@@ -44,18 +48,18 @@ class ErrorEntry:
         return _ERROR.pack(self.count, self.queue, self.cid, self.status << 1, 0xFFFF, self.lba, self.nsid, 0)
 
 
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+
+
 @dataclass(slots=True)
 class Health:
-    """What SMART counts (figure 198). Bytes, commands, seconds."""
+    """What SMART counts (figure 198). Bytes, commands."""
 
-    bytes_read: int = 0
-    bytes_written: int = 0
-    reads: int = 0
-    writes: int = 0
-    busy_minutes: int = 0
-    power_cycles: int = 1
-    unsafe_shutdowns: int = 0
-    media_errors: int = 0
+    bytes_read: Count = 0
+    bytes_written: Count = 0
+    reads: Count = 0
+    writes: Count = 0
+    media_errors: Count = 0
 
 
 @dataclass(slots=True)
@@ -78,18 +82,16 @@ class Logs:
         page = b"".join(entry.pack() for entry in self.errors)
         return page.ljust(ERROR_LOG_ENTRIES * _ERROR.size, b"\0")
 
-    def health_page(self) -> bytes:
-        """SMART and health information (5.14.1.2)."""
+    def health_page(self, *, warm: bool) -> bytes:
+        """SMART and health information (5.14.1.2). ``warm``: the temperature has passed a threshold."""
         health, page = self.health, bytearray(512)
-        struct.pack_into("<BHBBB", page, 0, 0, TEMPERATURE, 100, 10, 0)
+        struct.pack_into("<BHBBB", page, 0, _TEMPERATURE_WARNING * warm, TEMPERATURE, 100, 10, 0)
         counters = {
             32: -(-health.bytes_read // _DATA_UNIT),
             48: -(-health.bytes_written // _DATA_UNIT),
             64: health.reads,
             80: health.writes,
-            96: health.busy_minutes,
-            112: health.power_cycles,
-            144: health.unsafe_shutdowns,
+            112: 1,  # power cycles
             160: health.media_errors,
             176: self.error_count,
         }

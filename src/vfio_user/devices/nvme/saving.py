@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from vfio_user.devices.nvme.constants import CQE_SIZE, SQE_SIZE, AsyncEvent, Feature
+from vfio_user.devices.nvme.constants import (
+    CQE_SIZE,
+    SQE_SIZE,
+    AsyncEvent,
+    Configuration,
+    ControllerStatus,
+    Feature,
+)
 from vfio_user.devices.nvme.doorbells import DoorbellBuffers
 from vfio_user.devices.nvme.features import RULES
 from vfio_user.devices.nvme.identify import ASYNC_EVENTS, ControllerIdentity
-from vfio_user.devices.nvme.logs import ErrorEntry, Health
+from vfio_user.devices.nvme.logs import Count, ErrorEntry, Health
 from vfio_user.devices.nvme.namespaces import BLOCK_SIZES
 from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
 
 if TYPE_CHECKING:
     from vfio_user.devices.nvme.controller import Nvme
 
+Queue = TypeVar("Queue", CompletionQueue, SubmissionQueue)
+
 PART_HEAD = 4
 """Bytes of the NSID before a part of a namespace's memory."""
-_MAX_QUEUE_SIZE = 4096
-"""Of an admin queue; I/O queues have fewer."""
+_MAX_ADMIN_QUEUE_SIZE = 4096
+"""What AQA can say; I/O queues have fewer entries."""
 U16 = Annotated[int, Meta(ge=0, lt=1 << 16)]
 U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
 U64 = Annotated[int, Meta(ge=0)]  # a stream has no larger ones
-Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Text = Annotated[str, Meta(max_length=64)]
 
 
 class SavedRing(msgspec.Struct, forbid_unknown_fields=True):
     """Where a queue is in guest memory."""
 
-    pieces: Annotated[list[U64], Meta(min_length=1, max_length=_MAX_QUEUE_SIZE)]
-    per_piece: Annotated[int, Meta(ge=1, le=_MAX_QUEUE_SIZE)]
-    size: Annotated[int, Meta(ge=2, le=_MAX_QUEUE_SIZE)]
+    pieces: Annotated[list[U64], Meta(min_length=1, max_length=_MAX_ADMIN_QUEUE_SIZE)]
+    per_piece: Annotated[int, Meta(ge=1, le=_MAX_ADMIN_QUEUE_SIZE)]
+    size: Annotated[int, Meta(ge=2, le=_MAX_ADMIN_QUEUE_SIZE)]
 
 
 class SavedCompletions(msgspec.Struct, forbid_unknown_fields=True):
@@ -162,13 +170,16 @@ def restore(device: Nvme, fields: dict[str, object], parts: Sequence[bytes]) -> 
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from None
     _check_namespaces(device, content.namespaces)
-    completions = {one.number: _completions(device, one) for one in content.completions}
-    submissions = {one.number: _submissions(device, one, completions) for one in content.submissions}
+    completions = _unique(_completions(device, one) for one in content.completions)
+    submissions = _unique(_submissions(device, one, completions) for one in content.submissions)
     features: dict[tuple[int, int], int] = {(one.feature, one.selector): one.value for one in content.features}
-    if content.enabled and not (0 in completions and 0 in submissions):
+    runs = device.csts & (ControllerStatus.RDY | ControllerStatus.CFS) == ControllerStatus.RDY
+    if content.enabled != runs or (content.enabled and not device.cc & Configuration.EN):
+        raise ValueError("registers that say otherwise whether the controller is enabled")
+    if (content.enabled or content.requests) and not (0 in completions and 0 in submissions):
         raise ValueError("a controller that is enabled has admin queues")
-    if any(one.feature not in RULES for one in content.features):
-        raise ValueError("a feature that this controller does not have")
+    if any(not RULES[one.feature].sound(one.selector, one.value) for one in content.features):
+        raise ValueError("a feature that is not as a host could have set it")
     _restore_memory(device, parts)
 
     for one in content.namespaces:
@@ -206,11 +217,23 @@ def _check_namespaces(device: Nvme, saved: Sequence[SavedNamespace]) -> None:
     if theirs != ours:
         raise ValueError(f"the namespaces differ (NSID: bytes): {theirs} there, {ours} here")
     for one in saved:
-        if one.block_size not in BLOCK_SIZES or one.size % one.block_size:
+        least = device.namespaces[one.number].storage.block_size
+        if one.block_size not in BLOCK_SIZES or one.size % one.block_size or one.block_size % least:
             raise ValueError(f"namespace {one.number} with blocks of {one.block_size} bytes")
 
 
-def _ring(device: Nvme, one: SavedRing, entry_size: int) -> Ring:
+def _unique(queues: Iterable[Queue]) -> dict[int, Queue]:
+    """Queues by their numbers. Raises ValueError for two of one number."""
+    numbered: dict[int, Queue] = {}
+    for queue in queues:
+        if numbered.setdefault(queue.number, queue) is not queue:
+            raise ValueError(f"two queues of number {queue.number}")
+    return numbered
+
+
+def _ring(device: Nvme, number: int, one: SavedRing, entry_size: int) -> Ring:
+    if number and one.size > device.max_queue_size:
+        raise ValueError(f"queue {number} has {one.size} entries")
     if len(one.pieces) != -(-one.size // one.per_piece):
         raise ValueError(f"a queue of {one.size} entries in {len(one.pieces)} pieces of {one.per_piece}")
     return Ring(device.dma, one.pieces, one.per_piece, entry_size, one.size)
@@ -219,17 +242,18 @@ def _ring(device: Nvme, one: SavedRing, entry_size: int) -> Ring:
 def _completions(device: Nvme, one: SavedCompletions) -> CompletionQueue:
     if one.number > device.queues or one.vector >= device.interrupt_vectors or max(one.head, one.tail) >= one.ring.size:
         raise ValueError(f"completion queue {one.number} cannot be as it is said to be")
-    queue = CompletionQueue(one.number, _ring(device, one.ring, CQE_SIZE), one.vector, one.interrupts)
+    queue = CompletionQueue(one.number, _ring(device, one.number, one.ring, CQE_SIZE), one.vector, one.interrupts)
     queue.head, queue.tail, queue.phase = one.head, one.tail, one.phase
     return queue
 
 
 def _submissions(device: Nvme, one: SavedSubmissions, completions: dict[int, CompletionQueue]) -> SubmissionQueue:
     target = completions.get(one.completions)
-    if target is None or one.number > device.queues or max(one.head, one.tail) >= one.ring.size:
+    sound = target is not None and bool(target.number) == bool(one.number) and one.number <= device.queues
+    if target is None or not sound or max(one.head, one.tail) >= one.ring.size:
         raise ValueError(f"submission queue {one.number} cannot be as it is said to be")
     target.users += 1
-    queue = SubmissionQueue(one.number, _ring(device, one.ring, SQE_SIZE), target, one.priority)
+    queue = SubmissionQueue(one.number, _ring(device, one.number, one.ring, SQE_SIZE), target, one.priority)
     queue.head, queue.tail = one.head, one.tail
     return queue
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+
+logger = logging.getLogger("vfio_user.devices.nvme")
 
 Work = Callable[[], int]
 """Done by a worker: returns a result, or raises."""
@@ -36,6 +39,7 @@ class Workers:
         self._ended = threading.Condition()
         self._arrived: list[Job] = []
         self._under_way: set[Job] = set()
+        self._landing = 0  # of these, what is told of at this moment
 
     def __len__(self) -> int:
         """Jobs that have not landed."""
@@ -69,17 +73,23 @@ class Workers:
             self._call_home()
 
     def land(self) -> None:
-        """Tell of the jobs that ended."""
+        """Tell of the jobs that ended. What fails with one is logged: the others have to land, too."""
         with self._ended:
             arrived, self._arrived = self._arrived, []
+            self._landing += len(arrived)
         for job in arrived:
-            self._under_way.remove(job)
-            job.landed(job.result, job.error)
+            try:
+                job.landed(job.result, job.error)
+            except Exception:
+                logger.exception("a command could not be ended")
+            finally:
+                self._under_way.remove(job)
+                self._landing -= 1
 
     def wait(self, timeout: float) -> None:
         """Wait until no worker is at anything. Raises OSError(ETIMEDOUT) where that takes longer, in seconds."""
         with self._ended:
-            if not self._ended.wait_for(lambda: len(self._arrived) == len(self._under_way), timeout):
+            if not self._ended.wait_for(lambda: len(self._arrived) + self._landing == len(self._under_way), timeout):
                 left = len(self._under_way) - len(self._arrived)
                 raise OSError(errno.ETIMEDOUT, f"{left} commands are still at the storage after {timeout:g} s")
 
