@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from vfio_user import DeviceState, Irq, MigrationFlags, Region, ServerBackend
 from vfio_user.devices.edu import Edu
+from vfio_user.dma.memory import GuestMemory
 from vfio_user.errors import UsageError
 from vfio_user.filters import FILTERS, HOOKS, Call, Filter, Hook, apply_filters
 from vfio_user.filters.base import COMMAND_HOOKS, innermost
@@ -50,6 +51,7 @@ class Probe(ServerBackend):
     regions = (Region(7), Region(8))
     irqs = (Irq(3),)
     resettable = True
+    dma = GuestMemory()
     vendor_id = 0x1234
 
     def __init__(self) -> None:

@@ -44,6 +44,9 @@ struct LoggingControl { u64 page_size; u32 num_ranges; u32 reserved; };
 struct LoggingRange { u64 iova; u64 length; };
 struct LoggingReport { u64 iova; u64 length; u64 page_size; };
 struct MigData { u32 argsz; u32 size; };
+struct ControlPushed { u64 pages; };
+struct ControlAccess { u32 mode; };
+struct ControlStatus { u32 access; u32 held; u64 page_size; u64 dirty_pages; u32 state; u32 connected; };
 """
 WIDTHS = {"u16": 2, "u32": 4, "s32": 4, "u64": 8, "char8": 8}
 

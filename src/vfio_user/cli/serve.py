@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,11 @@ from typing import Any
 
 import click
 
+from vfio_user.cli import logs
 from vfio_user.device import Device
+from vfio_user.tools.activation import inherited_sockets, placed
 from vfio_user.tools.load import parse_pairs
+from vfio_user.tools.notify import Notifier
 from vfio_user.tools.serving import MICROSECOND, DeviceSpec, Service, raise_fd_limit
 
 SEPARATOR = "--"
@@ -25,6 +27,8 @@ class _ServeCommand(click.Command):
     """Takes its command line part by part, a device each; what the parts say becomes the parameter ``parts``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:
+            return super().parse_args(ctx, _so_far(args))
         parts = []
         for part in _split(args):
             with click.Context(self, parent=ctx.parent, info_name=ctx.info_name) as context:
@@ -38,6 +42,7 @@ class _ServeCommand(click.Command):
         from vfio_user.tools.describe import summary
         from vfio_user.tools.load import device_names
 
+        super().format_epilog(ctx, formatter)
         with formatter.section("Devices"):
             formatter.write_dl([(name, summary(name)) for name in device_names()])
         with formatter.section("Filters"):
@@ -55,10 +60,23 @@ def _split(arguments: Sequence[str]) -> Iterator[list[str]]:
     yield part
 
 
-@click.command(cls=_ServeCommand, options_metavar="")
+def _so_far(arguments: Sequence[str]) -> list[str]:
+    """Of a command line that is to be completed, the last part, without an option whose value is what is missing."""
+    *_, part = _split(arguments)
+    return part[:-1] if part and part[-1].startswith("-") else part
+
+
+@click.command(
+    cls=_ServeCommand,
+    options_metavar="",
+    epilog="Example: vfio-user serve edu --socket-path /tmp/edu.sock -o dma_mask=0xfffffff",
+)
 @click.argument("device", required=False, metavar="DEVICE [OPTIONS] [-- DEVICE [OPTIONS]]...")
 @click.option("--socket-path", metavar="PATH", type=click.Path(), help="Listen on a UNIX socket that is made here.")
 @click.option("--fd", metavar="N", type=click.IntRange(min=0), help="Use an inherited socket, listening or connected.")
+@click.option(
+    "--control", metavar="PATH", type=click.Path(), help="Make a second socket there, to manage the device by."
+)
 @click.option("-o", "options", metavar="KEY=VALUE", multiple=True, help="An option of the device.")
 @click.option("--filter", "filters", metavar="SPEC", multiple=True, help="A filter around it; the first is outermost.")
 @click.option(
@@ -82,14 +100,15 @@ def serve(parts: list[dict[str, Any]]) -> None:
         if part["wants_help"]:
             click.echo(_help(part))
             return
-    specs, command = _specs(parts), _only(parts, "run")
+    specs, command = placed(_specs(parts), inherited_sockets()), _only(parts, "run")
+    notify = Notifier.of_environment()
     with ExitStack() as stack:
         if command is not None:
             from vfio_user.tools.running import Command, private_sockets
 
             specs = stack.enter_context(private_sockets(specs))
         fd_limit = raise_fd_limit()
-        service = stack.enter_context(Service(specs, _print_report, handle_signals=True))
+        service = stack.enter_context(Service(specs, _print_report, handle_signals=True, notify=notify))
         _show_traces(service)
         stack.enter_context(_activity_shown(service))
         stack.callback(lambda: _print_report(service.report()))
@@ -106,7 +125,9 @@ def _specs(parts: list[dict[str, Any]]) -> list[DeviceSpec]:
     config = _only(parts, "config")
     if config is None:
         return [_spec(part, f"device {number}" if len(parts) > 1 else "") for number, part in enumerate(parts, 1)]
-    if len(parts) > 1 or any(parts[0][key] for key in ("device", "socket_path", "options", "filters", "spin")):
+    if len(parts) > 1 or any(
+        parts[0][key] for key in ("device", "socket_path", "control", "options", "filters", "spin")
+    ):
         raise click.UsageError("--config takes the place of all devices and their options")
     from vfio_user.tools.configuration import read_configuration
 
@@ -124,6 +145,7 @@ def _spec(part: dict[str, Any], origin: str) -> DeviceSpec:
         filters=part["filters"],
         spin=part["spin"] * MICROSECOND,
         origin=origin,
+        control=None if part["control"] is None else Path(part["control"]),
     )
 
 
@@ -161,12 +183,7 @@ def _show_traces(service: Service) -> None:
         return
     from vfio_user.filters.trace import LOGGER
 
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    traces = logging.getLogger(LOGGER)
-    traces.addHandler(handler)
-    traces.setLevel(logging.INFO)
-    traces.propagate = False
+    logs.show(LOGGER)
 
 
 @contextlib.contextmanager

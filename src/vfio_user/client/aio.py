@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request, allocate
 from vfio_user.client.readiness import Readiness
@@ -73,7 +73,7 @@ class Client:
         *,
         proposal: Capabilities = PROPOSAL,
         max_write: int | None = None,
-    ) -> Client:
+    ) -> Self:
         """Connect to the server at ``path``; parameters and errors are those of the blocking client."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -109,7 +109,7 @@ class Client:
             self._readiness = None
         self._core.close()
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -328,10 +328,10 @@ class Client:
                 if self._closed:
                     self._release()
 
-    async def _run(self, call: Call[T]) -> T:
+    async def _run(self, call: Call[T], timeout: float | None = None) -> T:
         """Drive a call: send what it asks for, hand it the replies, until it returns."""
         async with self._exclusive():
-            deadline = _now() + self.timeout
+            deadline = _now() + (self.timeout if timeout is None else timeout)
             replies: list[Message] = []
             try:
                 requests = next(call)

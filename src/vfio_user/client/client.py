@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request, allocate
 from vfio_user.client.readiness import Readiness
@@ -78,7 +78,7 @@ class Client:
         *,
         proposal: Capabilities = PROPOSAL,
         max_write: int | None = None,
-    ) -> Client:
+    ) -> Self:
         """Connect to the server at ``path``.
 
         ``timeout``: seconds, for this and for every call. ``proposal``: the capabilities to offer. ``max_write``: most
@@ -122,7 +122,7 @@ class Client:
         finally:
             self._lock.release()
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -342,10 +342,10 @@ class Client:
             if self._closed:
                 self._release()
 
-    def _run(self, call: Call[T]) -> T:
+    def _run(self, call: Call[T], timeout: float | None = None) -> T:
         """Drive a call: send what it asks for, hand it the replies, until it returns."""
         with self._exclusive():
-            deadline = time.monotonic() + self.timeout
+            deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
             replies: list[Message] = []
             try:
                 requests = next(call)

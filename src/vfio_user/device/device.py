@@ -131,7 +131,7 @@ class Device(ServerBackend):
         self.__reset_state()
         with _declaring(type(self)):
             self.__build()
-        self.dma = GuestMemory()
+        self.dma: GuestMemory = GuestMemory()
         self.__migrator = Migrator(self, self.migration, self.irq.rearm)
         self.__posted = PostedWork(lambda: self.__migrator.running) if self.workers else None
         self.follow_config()

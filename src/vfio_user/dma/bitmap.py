@@ -115,6 +115,17 @@ class DirtyBitmap:
         """How many pages are dirty, in whole or in part."""
         return self._bits.count(1)
 
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """(address, size) of what is dirty, in runs of whole pages, cut to the range."""
+        begin = self._bits.find(1)
+        while begin >= 0:
+            end = self._bits.find(0, begin)
+            if end < 0:
+                end = len(self._bits)
+            start = max(self._page_address(begin), self.address)
+            yield start, min(self._page_address(end), self._end) - start
+            begin = self._bits.find(1, end)
+
     def clear(self) -> None:
         """Make every page clean."""
         self._bits.setall(0)
@@ -353,6 +364,18 @@ class DirtyLog:
         """How many log pages are dirty. A page that two regions share counts for each."""
         with self._lock:
             return sum(bitmap.count() for _, _, bitmap in self._bitmaps)
+
+    def take(self) -> list[tuple[int, int]]:
+        """(address, size) of all that is dirty, in runs of whole pages, cut to what is logged: it is clean from now on.
+
+        A page that was reported in part counts as a whole. :meth:`mark` puts back what came to nothing.
+        """
+        with self._lock:
+            bitmaps = [bitmap for _, _, bitmap in self._bitmaps]
+            runs = [run for bitmap in bitmaps for run in bitmap.runs()]
+            for bitmap in bitmaps:
+                bitmap.clear()
+            return runs
 
     def map(self, address: int, size: int, logged: bool = True) -> None:
         """A region of memory is there from now on. One that is not ``logged`` reads clean.

@@ -115,6 +115,7 @@ class Filter(ServerBackend):
     regions = live(attrgetter("backend.regions"), "The wrapped backend's.")
     irqs = live(attrgetter("backend.irqs"), "The wrapped backend's.")
     resettable = live(attrgetter("backend.resettable"), "The wrapped backend's.")
+    dma = live(attrgetter("backend.dma"), "The wrapped backend's.")
 
     def __init__(self, backend: ServerBackend) -> None:
         self.backend = backend

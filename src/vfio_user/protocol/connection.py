@@ -6,12 +6,13 @@ outgoing ones. What it hands out to be sent is an :class:`Outgoing`: buffers and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from vfio_user.errors import MessageError, UnexpectedReplyError, UsageError
 from vfio_user.protocol.framing import Framer, Message
-from vfio_user.wire.commands import COMMANDS, Role, command_name
+from vfio_user.wire.commands import COMMANDS, CommandSpec, Role, command_name
 from vfio_user.wire.constants import HEADER_SIZE, Command, HeaderFlags
 from vfio_user.wire.messages import Buffer, Header
 
@@ -40,8 +41,9 @@ class Connection:
     reply that passed is matched to its command. The peer's first command must be VERSION, and there is only one.
     """
 
-    def __init__(self, role: Role, max_size: int) -> None:
+    def __init__(self, role: Role, max_size: int, commands: Mapping[int, CommandSpec] = COMMANDS) -> None:
         self.role = role
+        self.commands = commands
         self.framer = Framer(max_size)
         self.negotiated = False
         self._next_id = 0
@@ -118,10 +120,12 @@ class Connection:
         return True
 
     def _check_command(self, message: Message) -> None:
-        row = COMMANDS.get(message.command)
+        row = self.commands.get(message.command)
         if self.role is Role.SERVER and not self.negotiated and message.command != _VERSION:
             raise MessageError(f"{command_name(message.command)} before VERSION")
         if row is None:
+            if message.command in COMMANDS and COMMANDS[message.command].sender is not self.role:
+                raise MessageError(f"{command_name(message.command)} is not served here", errno.EPERM)
             raise MessageError(f"{message.command} is no command")
         if row.sender is self.role:
             raise MessageError(f"a {self.role.value} does not take {row.command.name}")

@@ -33,6 +33,7 @@ class Server:
         max_data_xfer_size: int = Limits().data_xfer_size,
         max_dma_maps: int = Limits().dma_maps,
         dma_timeout: float = DMA_TIMEOUT,
+        control: str | os.PathLike[str] | None = None,
     ) -> None:
         self._server = blocking.Server(
             backend,
@@ -43,6 +44,7 @@ class Server:
             max_data_xfer_size=max_data_xfer_size,
             max_dma_maps=max_dma_maps,
             dma_timeout=dma_timeout,
+            control=control,
         )
 
     async def serve_forever(self) -> None:

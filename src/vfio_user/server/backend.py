@@ -6,7 +6,7 @@ import errno
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from vfio_user.fds import OwnedFd
 from vfio_user.wire.constants import (
@@ -16,6 +16,9 @@ from vfio_user.wire.constants import (
     MigrationFlags,
     RegionFlags,
 )
+
+if TYPE_CHECKING:
+    from vfio_user.dma.memory import GuestMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,8 @@ class ServerBackend:
     irqs: Sequence[Irq] = ()
     """Index is position; 5 of them for a PCI device, see wire.constants.PciIrq."""
     resettable: bool = False
+    dma: GuestMemory | None = None
+    """The client's memory as the device reaches it, and the log of what it wrote: what a control socket pushes."""
 
     def _refuse(self, hook: str) -> NoReturn:
         raise OSError(errno.EINVAL, f"{type(self).__name__} has no {hook}")

@@ -10,9 +10,17 @@ from typing import NamedTuple, TypeVar
 from vfio_user.dma.bitmap import clear_bitmap
 from vfio_user.dma.iova import IovaTable
 from vfio_user.errors import MessageError
+from vfio_user.migration.states import RUNNING_STATES
 from vfio_user.server.backend import Irq, Region, ServerBackend
 from vfio_user.wire.capabilities import Capabilities
-from vfio_user.wire.constants import DEFAULT_DATA_XFER_SIZE, DEFAULT_DMA_MAPS, DeviceState, PciRegion, RegionFlags
+from vfio_user.wire.constants import (
+    DEFAULT_DATA_XFER_SIZE,
+    DEFAULT_DMA_MAPS,
+    AccessMode,
+    DeviceState,
+    PciRegion,
+    RegionFlags,
+)
 from vfio_user.wire.messages import Buffer
 
 logger = logging.getLogger("vfio_user.server")
@@ -43,6 +51,23 @@ class Limits:
     dma_maps: int = DEFAULT_DMA_MAPS
 
 
+@dataclass(slots=True)
+class AccessGate:
+    """What becomes of the primary client's accesses to BARs while the device does not run: a control socket decides.
+
+    ``quiescing``: how many control clients wait for DMA to stop; until it has, what might start some is held.
+    """
+
+    mode: AccessMode = AccessMode.PASS
+    quiescing: int = 0
+
+    def now(self, standing: bool) -> AccessMode:
+        """What holds for a device that stands still, or does not."""
+        if self.quiescing:
+            return AccessMode.HOLD
+        return self.mode if standing else AccessMode.PASS
+
+
 _KEPT_FROM = 256 << 10
 """Bytes from which on a buffer for replies is kept."""
 
@@ -66,6 +91,9 @@ class Context:
     """By index, the operations that the backend has for the features that were asked for; 65,536 at most."""
     loading: bool = False
     """Whether the device is RESUMING: migration data may be written."""
+    gate: AccessGate = field(default_factory=AccessGate)
+    access: AccessMode = AccessMode.PASS
+    """What becomes of an access to a BAR now. All but PASS goes past the device: no limit lets it through."""
 
     depth: int = 0
     """DMA requests that await their replies, each in a hook of a command that came while the one before waited."""
@@ -112,13 +140,14 @@ class Context:
         In STOP_COPY the state is on its way: a BAR that changed now would be lost, and is not accessed. Config
         space is served in every state.
         """
-        state = self._state()
+        state = self.state()
         self.loading = state == DeviceState.RESUMING
-        frozen = state == DeviceState.STOP_COPY
-        self.readable = self._limits(RegionFlags.READ, frozen)
-        self.writable = self._limits(RegionFlags.WRITE, frozen)
+        self.access = self.gate.now(state is not None and state not in RUNNING_STATES)
+        frozen = state == DeviceState.STOP_COPY or self.access is not AccessMode.PASS
+        self.readable = self.access_limits(RegionFlags.READ, frozen)
+        self.writable = self.access_limits(RegionFlags.WRITE, frozen)
 
-    def _state(self) -> int | None:
+    def state(self) -> int | None:
         """The migration state. A device that fails to say it has none: nobody waits for the answer."""
         try:
             return self.backend.migration_get_state() if self.migratable else None
@@ -128,7 +157,8 @@ class Context:
             logger.exception("the device failed to say its migration state")
             return None
 
-    def _limits(self, flag: int, frozen: bool) -> list[int]:
+    def access_limits(self, flag: int, frozen: bool = False) -> list[int]:
+        """By region: where an access of a kind (RegionFlags) must end; ``frozen``: none is but to config space."""
         return [
             region.size if region.flags & flag and not (frozen and index != PciRegion.CONFIG) else NO_ACCESS
             for index, region in enumerate(self.backend.regions)

@@ -12,11 +12,18 @@ from vfio_user.errors import NegotiationError, ProtocolError, VfioUserError
 from vfio_user.protocol import Connection, Message, Outgoing
 from vfio_user.server import access, dma, info, irqs, migration
 from vfio_user.server.backend import Quiescing, ServerBackend
-from vfio_user.server.context import Context, Limits, Reply
+from vfio_user.server.context import AccessGate, Context, Limits, Reply
 from vfio_user.wire import messages as m
 from vfio_user.wire.capabilities import Capabilities, negotiate, pack_answer, parse_capabilities
-from vfio_user.wire.commands import COMMANDS, Role, command_name
-from vfio_user.wire.constants import DEFAULT_DATA_XFER_SIZE, HEADER_SIZE, VERSION_MAJOR, VERSION_MINOR, Command
+from vfio_user.wire.commands import COMMANDS, CommandSpec, Role, command_name
+from vfio_user.wire.constants import (
+    DEFAULT_DATA_XFER_SIZE,
+    HEADER_SIZE,
+    VERSION_MAJOR,
+    VERSION_MINOR,
+    Command,
+    ControlCommand,
+)
 
 logger = logging.getLogger("vfio_user.server")
 
@@ -52,6 +59,14 @@ HANDLERS: Mapping[int, Handler] = MappingProxyType(
     }
 )
 
+DUMMY_HANDLERS: Mapping[int, Handler] = MappingProxyType(
+    {
+        Command.REGION_READ: access.dummy_read,
+        Command.REGION_WRITE: access.dummy_write,
+        Command.REGION_WRITE_MULTI: access.dummy_write_multi,
+    }
+)
+"""Accesses to BARs of a device that stands still and is not to be touched."""
 
 _VERSION, _DEVICE_FEATURE = int(Command.VERSION), int(Command.DEVICE_FEATURE)
 
@@ -70,33 +85,45 @@ class Dispatcher:
     """Answers the commands of one client.
 
     ``offer_twin``, if given, makes a twin socket and returns the number of the client's end. After a message that
-    ends the connection (failed negotiation, anything before VERSION) ``closing`` is true.
+    ends the connection (failed negotiation, anything before VERSION) ``closing`` is true. ``commands`` and ``handlers``
+    are another socket's than a VMM's.
     """
 
     def __init__(
-        self, backend: ServerBackend, limits: Limits | None = None, *, offer_twin: Callable[[], int] | None = None
+        self,
+        backend: ServerBackend,
+        limits: Limits | None = None,
+        *,
+        offer_twin: Callable[[], int] | None = None,
+        gate: AccessGate | None = None,
+        commands: Mapping[int, CommandSpec] = COMMANDS,
+        handlers: Mapping[int, Handler] = HANDLERS,
     ) -> None:
         limits = limits or Limits()
         # A limit for data below the default is none for other messages, which are bounded by what they contain.
         largest = max(limits.data_xfer_size, DEFAULT_DATA_XFER_SIZE)
-        self.connection = Connection(Role.SERVER, HEADER_SIZE + m.RegionAccess.LAYOUT.size + largest)
-        self.context = Context(backend, limits)
+        self.connection = Connection(Role.SERVER, HEADER_SIZE + m.RegionAccess.LAYOUT.size + largest, commands)
+        self.context = Context(backend, limits, gate=gate or AccessGate())
         self.closing = False
+        self._handlers = handlers
         self._offer_twin = offer_twin
 
     def quiesce(self, message: Message) -> Quiescing | None:
         """Have DMA stopped if ``message`` is a command that needs it. None: it can be handled now."""
-        row = COMMANDS[message.command]
+        row = self.connection.commands[message.command]
         if row.quiesces or (message.command == _DEVICE_FEATURE and migration.quiesces(message)):
             return self.context.backend.quiesce()
         return None
 
-    def handle(self, message: Message) -> Outgoing | None:
-        """Serve a command that :meth:`Connection.check` let pass. None where no reply is wanted. Never raises."""
+    def handle(self, message: Message, handlers: Mapping[int, Handler] | None = None) -> Outgoing | None:
+        """Serve a command that :meth:`Connection.check` let pass, by other ``handlers`` if given. Never raises.
+
+        None where no reply is wanted.
+        """
         try:
             if message.command == _VERSION:
                 return self._version(message)
-            reply = HANDLERS[message.command](self.context, message)
+            reply = (handlers or self._handlers)[message.command](self.context, message)
         except Exception as error:
             return self.refuse(message, error)
         finally:
@@ -132,6 +159,7 @@ class Dispatcher:
             max_data_xfer_size=limits.data_xfer_size,
             max_dma_maps=limits.dma_maps,
             twin_socket=self._offer_twin is not None,
+            control=ControlCommand.CONTROL_PUSH in self.connection.commands,
         )
         fds = [self._offer_twin()] if self._offer_twin and answer and answer.wants_twin_socket else []
         self.context.client = proposed or Capabilities()

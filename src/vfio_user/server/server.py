@@ -8,12 +8,12 @@ import logging
 import os
 import select
 import socket
-import stat
-from pathlib import Path
 from types import TracebackType
 
 from vfio_user.server.backend import ServerBackend
 from vfio_user.server.context import Limits
+from vfio_user.server.control import Control
+from vfio_user.server.listener import BoundSocket
 from vfio_user.server.session import DMA_TIMEOUT, Session
 
 logger = logging.getLogger("vfio_user.server")
@@ -26,7 +26,8 @@ class Server:
     (a listening socket, or one that is connected already: then serving ends with that client). ``spin``: seconds to
     look for the next message before sleeping, which saves the wake-up on a machine with cores to spare; a few tens of
     microseconds. ``max_data_xfer_size`` in bytes, ``max_dma_maps`` regions, ``dma_timeout`` in seconds for the
-    client's answer to a DMA request.
+    client's answer to a DMA request. ``control``: a socket is made there, as at ``path`` but with mode 0600, for those
+    who manage the device while a client uses it (docs/control.md).
 
     Use :meth:`serve_forever`, or put :meth:`fileno` into an event loop of your own and call :meth:`poll` whenever it
     is readable. Raises OSError when the socket cannot be made: EADDRINUSE if another server is alive at ``path``.
@@ -43,6 +44,7 @@ class Server:
         max_data_xfer_size: int = Limits().data_xfer_size,
         max_dma_maps: int = Limits().dma_maps,
         dma_timeout: float = DMA_TIMEOUT,
+        control: str | os.PathLike[str] | None = None,
     ) -> None:
         if sum(given is not None for given in (path, sock, fd)) != 1:
             raise ValueError("Server takes one of path, sock and fd")
@@ -50,17 +52,20 @@ class Server:
         self._limits = Limits(max_data_xfer_size, max_dma_maps)
         self._spin = spin
         self._dma_timeout = dma_timeout
-        self._bound: tuple[Path, int] | None = None
         self._listener: socket.socket | None = None
         self._connected: socket.socket | None = None
         self._session: Session | None = None
         self._stopping = False
         self._closed = False
+        self._made: list[BoundSocket] = []
         if path is not None:
-            sock = self._bind(Path(path))
+            sock = self._bind(path)
         elif fd is not None:
             sock = socket.socket(fileno=fd)
         assert sock is not None
+        self._control: Control | None = None
+        if control is not None:
+            self._control = Control(backend, self._bind(control, mode=0o600), self._limits)
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             sock.setblocking(False)
             self._listener = sock
@@ -71,32 +76,30 @@ class Server:
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._listen(True)
 
-    def _bind(self, path: Path) -> socket.socket:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def _bind(self, path: str | os.PathLike[str], *, mode: int | None = None) -> socket.socket:
         try:
-            try:
-                listener.bind(str(path))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    number = error.errno or errno.ENAMETOOLONG  # Python checks the length itself, and gives none
-                    raise OSError(number, os.strerror(number), str(path)) from error
-                _remove_stale(path)
-                listener.bind(str(path))
-            listener.listen()
+            made = BoundSocket(path, mode=mode)
         except BaseException:
-            listener.close()
+            self._let_go()
             raise
-        self._bound = (path, path.stat().st_ino)
-        return listener
+        self._made.append(made)
+        return made.socket
+
+    def _let_go(self) -> None:
+        """Close the sockets that were made here, and remove their files."""
+        self.remove_socket()
+        for made in self._made:
+            made.socket.close()
 
     def _listen(self, listening: bool) -> None:
-        """Watch for clients, or leave them waiting while one is served."""
-        if self._listener is None:
-            return
-        if listening:
-            self._epoll.register(self._listener, select.EPOLLIN)
-        else:
-            self._epoll.unregister(self._listener)
+        """Watch for clients, and for control clients; or leave those waiting, and these to the session of one."""
+        for watched in (self._listener, self._control):
+            if watched is None:
+                continue
+            if listening:
+                self._epoll.register(watched, select.EPOLLIN)
+            else:
+                self._epoll.unregister(watched)
 
     @property
     def finished(self) -> bool:
@@ -123,8 +126,7 @@ class Server:
         """Do what can be done without waiting: take a client, serve its messages. Returns the messages handled."""
         session = self._session or self._accept()
         if session is None:
-            self._epoll.poll(0)
-            self._drain_wake()
+            self._serve_others(0)
             return 0
         handled = session.step()
         if handled is None:
@@ -146,20 +148,17 @@ class Server:
         self._closed = self._stopping = True
         if self._session is not None:
             self._session.close()
-        for sock in (self._listener, self._connected):
-            if sock is not None:
-                sock.close()
+        for one in (self._listener, self._connected, self._control):
+            if one is not None:
+                one.close()
         self._epoll.close()
         os.close(self._wake_fd)
         self.remove_socket()
 
     def remove_socket(self) -> None:
-        """Remove the socket file that was made here, if it still is that one: nobody finds this server any more."""
-        if self._bound is not None:
-            path, inode = self._bound
-            with contextlib.suppress(OSError):
-                if path.stat().st_ino == inode:
-                    path.unlink()
+        """Remove the socket files that were made here, if they still are those: nobody finds this server any more."""
+        for made in self._made:
+            made.remove()
 
     def __enter__(self) -> Server:
         return self
@@ -170,9 +169,15 @@ class Server:
         self.close()
 
     def _wait_for_client(self) -> Session | None:
-        self._epoll.poll()
-        self._drain_wake()
+        self._serve_others(None)
         return self._accept()
+
+    def _serve_others(self, timeout: float | None) -> None:
+        """Wait for a client that is to be accepted, up to ``timeout`` seconds; serve those of the control socket."""
+        self._epoll.poll(timeout)
+        self._drain_wake()
+        if self._control is not None:
+            self._control.serve()
 
     def _accept(self) -> Session | None:
         """The session of a client that is there, if any."""
@@ -192,6 +197,7 @@ class Server:
             limits=self._limits,
             spin=self._spin,
             dma_timeout=self._dma_timeout,
+            control=self._control,
         )
         if self._stopping:  # shutdown() looked for a session before there was one
             self._session.stop()
@@ -229,22 +235,6 @@ class Server:
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake_fd)
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove a socket file that nobody listens on. Raises OSError(EADDRINUSE) if somebody does, or it is none."""
-    if not stat.S_ISSOCK(path.lstat().st_mode):
-        raise OSError(errno.EADDRINUSE, "in use: it is no socket", str(path))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except BlockingIOError:
-            pass  # a full backlog: alive
-    raise OSError(errno.EADDRINUSE, "in use by another server", str(path))
 
 
 def serve(backend: ServerBackend, path: str | os.PathLike[str]) -> None:

@@ -16,8 +16,11 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, NoReturn
 
+from vfio_user.dma.iova import IovaTable
 from vfio_user.errors import (
     CallTimeoutError,
     ConnectionClosedError,
@@ -26,14 +29,18 @@ from vfio_user.errors import (
     ProtocolError,
     VfioUserError,
 )
-from vfio_user.protocol import Connection, Message
+from vfio_user.protocol import Connection, Message, Outgoing
+from vfio_user.server.access import touches_bar
 from vfio_user.server.backend import Quiescing, ServerBackend
-from vfio_user.server.context import Limits
-from vfio_user.server.dispatch import Dispatcher, errno_of
+from vfio_user.server.context import DmaMapping, Limits
+from vfio_user.server.dispatch import DUMMY_HANDLERS, Dispatcher, Handler, errno_of
 from vfio_user.transport.blocking import Channel
 from vfio_user.wire import messages as m
 from vfio_user.wire.commands import COMMANDS, Role
-from vfio_user.wire.constants import HEADER_SIZE, SERVER_DMA_CHUNK, Command, HeaderFlags
+from vfio_user.wire.constants import HEADER_SIZE, SERVER_DMA_CHUNK, AccessMode, Command, HeaderFlags
+
+if TYPE_CHECKING:
+    from vfio_user.server.control import Control
 
 logger = logging.getLogger("vfio_user.server")
 
@@ -48,6 +55,7 @@ MAX_POSTPONED_BYTES = 4 << 20
 """Commands that may wait, in number and in bytes, for a DMA request to end before DMA can be quiesced."""
 
 _READ, _WRITE = int(Command.REGION_READ), int(Command.REGION_WRITE)
+_DMA_WRITE = int(Command.DMA_WRITE)
 _NO_REPLY, _REPLY = int(HeaderFlags.NO_REPLY), int(HeaderFlags.REPLY)
 _ACCESS = struct.Struct(m.Header.LAYOUT.format + m.RegionAccess.LAYOUT.format.removeprefix("<"))
 _ACCESS_SIZE = _ACCESS.size
@@ -55,6 +63,8 @@ _LOAD = int(Command.MIG_DATA_WRITE)
 _DATA = struct.Struct(m.Header.LAYOUT.format + m.MigData.LAYOUT.format.removeprefix("<"))
 _DATA_SIZE = _DATA.size
 _DONTWAIT = int(socket.MSG_DONTWAIT)
+_POSTED_AT_ONCE = 1024
+"""Posted DMA writes of a push that go out in one send."""
 _SMALL = 4096
 """Bytes up to which a read is served without asking for a view of them first."""
 
@@ -72,9 +82,12 @@ class Session:
         limits: Limits | None = None,
         spin: float = 0.0,
         dma_timeout: float = DMA_TIMEOUT,
+        control: Control | None = None,
     ) -> None:
         self._backend = backend
-        self._dispatcher = Dispatcher(backend, limits, offer_twin=self._offer_twin)
+        self._control = control
+        gate = None if control is None else control.gate
+        self._dispatcher = Dispatcher(backend, limits, offer_twin=self._offer_twin, gate=gate)
         self._connection = self._dispatcher.connection
         self._context = self._dispatcher.context
         self._framer = self._connection.framer
@@ -89,11 +102,15 @@ class Session:
         self._watches: dict[int, Callable[[], None]] = {}
         self._deferred: deque[Callable[[], None]] = deque()
         self._working = False
-        self._parked: tuple[Message, Quiescing] | None = None
+        self._parked: tuple[Message | None, Quiescing] | None = None
         self._postponed: deque[Message] = deque()
+        self._held: deque[Message] = deque()
         self._replies: dict[tuple[int, int], Message] = {}
         self._closed = False
         epoll.register(sock, select.EPOLLIN)
+        if control is not None:
+            self.watch(control.fileno(), control.serve)
+            control.primary = self
         try:
             backend.connected(self)
         except Exception:
@@ -317,6 +334,9 @@ class Session:
         if self._context.depth and self._must_wait(message):
             self._postpone(message)
             return
+        if self._context.access is not AccessMode.PASS and touches_bar(message):
+            self._divert(message)
+            return
         if self._watches and _may_quiesce(message):
             message = _kept(message)
             self._poll_watches(0)  # a doorbell that was rung before must not start DMA behind the quiesce
@@ -335,7 +355,13 @@ class Session:
         if quiescing is not None and quiescing.error:
             self._refuse(message, OSError(quiescing.error, "the device did not quiesce"))
             return
-        reply = self._dispatcher.handle(message)
+        if self._held and message.command == Command.DEVICE_RESET:
+            self._answer_held()
+        self._answer(message)
+        self._release_held()
+
+    def _answer(self, message: Message, handlers: Mapping[int, Handler] | None = None) -> None:
+        reply = self._dispatcher.handle(message, handlers)
         if reply is not None:
             self._channel.send(reply)
         self._after_reply()
@@ -354,8 +380,8 @@ class Session:
         if self._dispatcher.closing:
             raise ConnectionClosedError("the negotiation failed")
 
-    def _park(self, message: Message, quiescing: Quiescing) -> None:
-        """Have a command wait until DMA has stopped, and every later one behind it."""
+    def _park(self, message: Message | None, quiescing: Quiescing) -> None:
+        """Have a command wait until DMA has stopped, and every later one behind it. None: only those."""
         self._parked = (message, quiescing)
         self._epoll.modify(self._channel.fileno(), select.EPOLLRDHUP)
         quiescing.on_done(self._wake)
@@ -369,8 +395,10 @@ class Session:
             return False
         self._parked = None
         self._epoll.modify(self._channel.fileno(), select.EPOLLIN)
-        self._finish(message, quiescing)
+        if message is not None:
+            self._finish(message, quiescing)
         self._work()
+        self._retry_control()
         return True
 
     def _check_hangup(self) -> None:
@@ -378,6 +406,83 @@ class Session:
         poll.register(self._channel.fileno(), select.POLLRDHUP)
         if poll.poll(0):
             raise ConnectionClosedError("the peer closed while a command waited for DMA to stop")
+
+    # What a control socket may ask
+
+    @property
+    def settled(self) -> bool:
+        """Whether no command is under way that waits for DMA: only then another one may stop DMA, or ask for some."""
+        return not self._context.depth and (self._parked is None or self._parked[0] is None)
+
+    @property
+    def held(self) -> int:
+        """Accesses that wait for the device to run again."""
+        return len(self._held)
+
+    @property
+    def maps(self) -> IovaTable[DmaMapping]:
+        """What the client mapped."""
+        return self._context.maps
+
+    def poll_watches(self) -> None:
+        """Serve what the backend watches and is ready now. A stream that is lost meanwhile is seen when it is read."""
+        with contextlib.suppress(ConnectionClosedError, FramingError):
+            self._poll_watches(0)
+
+    def follow_device(self) -> None:
+        """The device is in another state, or the gate in another mode."""
+        self._context.refresh_access()
+        self._release_held()
+
+    def dma_post(self, writes: Iterable[tuple[int, bytes]]) -> int:
+        """Send (address, data) by DMA_WRITE without asking for replies; how many. Raises OSError as dma_write does."""
+        connection, channel = self._twin or (self._connection, self._channel)
+        command, pack = connection.command, m.DmaAccess.LAYOUT.pack
+        sent = 0
+        for batch in _batches(writes, _POSTED_AT_ONCE):
+            parts: list[m.Buffer] = []
+            for address, data in batch:
+                parts += command(_DMA_WRITE, (pack(address, len(data)), data), posted=True)[1].buffers
+            try:
+                channel.send(Outgoing([b"".join(parts)]), time.monotonic() + self._dma_timeout)
+            except CallTimeoutError:
+                self._channel.stop_receiving()  # a part of a message is out: nothing else can follow it
+                raise OSError(errno.ETIMEDOUT, "the client does not take what is written to its memory") from None
+            sent += len(batch)
+        return sent
+
+    def _retry_control(self) -> None:
+        """What a control client wants may have waited for this to be over."""
+        if self._control is not None and self.settled:
+            self._control.retry()
+
+    # What is not for a device that stands still
+
+    def _divert(self, message: Message) -> None:
+        """Keep an access from the device: answer it without, or have it wait until the device runs."""
+        if self._context.access is AccessMode.DUMMY:
+            self._answer(message, DUMMY_HANDLERS)
+            return
+        self._held.append(_kept(message))
+        if not _too_many(self._held, share=2):  # once they are released, others may wait behind them
+            return
+        if self._context.depth:
+            self._let_go("the client sends accesses instead of answering a DMA request")
+        self._park(None, Quiescing())  # let the client wait, too: no message is taken until these are served
+
+    def _release_held(self) -> None:
+        """Serve what was held before anything else, if it may be served now."""
+        if not self._held or self._context.access is AccessMode.HOLD:
+            return
+        self._postponed.extendleft(reversed(self._held))
+        self._held.clear()
+        if self._parked is not None and self._parked[0] is None:
+            self._parked[1].done()
+
+    def _answer_held(self) -> None:
+        """What was held came before a reset, which makes undone whatever it would have done."""
+        while self._held:
+            self._answer(self._held.popleft(), DUMMY_HANDLERS)
 
     # What a backend may ask: Link
 
@@ -427,9 +532,12 @@ class Session:
             reply = self._await_reply((id(connection), msg_id), deadline)
         except CallTimeoutError:
             raise OSError(errno.ETIMEDOUT, f"{command.name} was not answered in time") from None
+        except FramingError as error:  # a device that asked for DMA expects an OSError
+            raise ConnectionClosedError(str(error)) from error
         finally:
             self._context.depth -= 1
             connection.abandon(msg_id)
+            self._retry_control()
         if reply.is_error:
             raise OSError(reply.error or errno.EINVAL, f"{command.name} was refused")
         return reply
@@ -469,12 +577,16 @@ class Session:
         poll = select.poll()
         for channel in channels:
             poll.register(channel.fileno(), select.POLLIN)
+        if self._control is not None:
+            poll.register(self._control, select.POLLIN)
         ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
         if not ready or time.monotonic() >= deadline:
             raise CallTimeoutError("no reply in time")
         for channel in channels:
             if channel.fileno() in ready:
                 channel.receive(_DONTWAIT)
+        if self._control is not None and self._control.fileno() in ready:
+            self._control.serve()
 
     def _must_wait(self, message: Message) -> bool:
         """Whether a command that came while a DMA request awaits its reply must wait for that: it stops DMA.
@@ -485,11 +597,13 @@ class Session:
 
     def _postpone(self, message: Message) -> None:
         self._postponed.append(_kept(message))
-        if (
-            len(self._postponed) > MAX_POSTPONED
-            or sum(len(kept.payload) for kept in self._postponed) > MAX_POSTPONED_BYTES
-        ):
-            raise ConnectionClosedError("the client sends commands instead of answering a DMA request")
+        if _too_many(self._postponed):
+            self._let_go("the client sends commands instead of answering a DMA request")
+
+    def _let_go(self, reason: str) -> NoReturn:
+        """End the connection. What is raised within a hook may not come through; an end of the stream does."""
+        self._channel.stop_receiving()
+        raise ConnectionClosedError(reason)
 
     def _offer_twin(self) -> int:
         """Make the twin socket; the client's end is closed here once the reply that carries it has gone out."""
@@ -527,9 +641,15 @@ class Session:
         if self._closed:
             return
         self._closed = True
+        if self._control is not None:
+            self._control.primary = None
+        if self._parked is not None and self._parked[0] is None:
+            self._parked = None  # nothing of the device's was waited for
         self._quiesce_now()
-        for message in (*self._postponed, *([self._parked[0]] if self._parked else [])):
-            message.close()
+        parked = self._parked[0] if self._parked is not None else None
+        for message in (*self._postponed, *self._held, parked):
+            if message is not None:
+                message.close()
         self._deferred.clear()
         self._dispatcher.client_left()
         try:
@@ -545,6 +665,8 @@ class Session:
             self._twin[1].close()
         if self._twin_offer is not None:
             self._twin_offer.close()
+        if self._control is not None:
+            self._control.retry()
 
     def _quiesce_now(self) -> None:
         try:
@@ -569,6 +691,18 @@ class Session:
 def _may_quiesce(message: Message) -> bool:
     """Whether a command stops DMA; of DEVICE_FEATURE it depends on what is set."""
     return COMMANDS[message.command].quiesces or message.command == Command.DEVICE_FEATURE
+
+
+def _too_many(messages: Collection[Message], *, share: int = 1) -> bool:
+    """Whether more commands wait than may; ``share``: than a half may, a third."""
+    most, bytes_most = MAX_POSTPONED // share, MAX_POSTPONED_BYTES // share
+    return len(messages) > most or sum(len(kept.payload) for kept in messages) > bytes_most
+
+
+def _batches(writes: Iterable[tuple[int, bytes]], size: int) -> Iterator[list[tuple[int, bytes]]]:
+    iterator = iter(writes)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def _kept(message: Message) -> Message:

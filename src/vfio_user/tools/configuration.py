@@ -5,6 +5,7 @@
     [[device]]
     device = "ivshmem"
     socket-path = "lab.sock"
+    control = "lab-control.sock"
     options = { size = "64M", vectors = 2 }
     filters = ["trace"]
     spin = 20
@@ -31,6 +32,7 @@ MAX_SPIN = 1_000_000
 _KEYS: dict[str, tuple[type, str]] = {
     "device": (str, "a string"),
     "socket-path": (str, "a string"),
+    "control": (str, "a string"),
     "options": (dict, "a table"),
     "filters": (list, "an array of strings"),
     "spin": (int, f"0 to {MAX_SPIN} microseconds"),
@@ -70,7 +72,7 @@ def _read_table(table: object, folder: Path, origin: str) -> DeviceSpec:
         _check(key, value, origin)
     if "device" not in table:
         raise UsageError(f"{origin} has no device = NAME")
-    path = table.get("socket-path")
+    path, control = table.get("socket-path"), table.get("control")
     return DeviceSpec(
         device=_locate(table["device"], folder),
         socket_path=None if path is None else folder / path,
@@ -78,6 +80,7 @@ def _read_table(table: object, folder: Path, origin: str) -> DeviceSpec:
         filters=tuple(table.get("filters", ())),
         spin=table.get("spin", 0) * MICROSECOND,
         origin=origin,
+        control=None if control is None else folder / control,
     )
 
 

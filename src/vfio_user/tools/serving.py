@@ -28,6 +28,7 @@ from vfio_user.errors import UsageError, VfioUserError
 from vfio_user.server import Server, ServerBackend
 from vfio_user.tools.interrupts import END_SIGNALS
 from vfio_user.tools.load import make_device
+from vfio_user.tools.notify import READY, STOPPING, Notifier
 
 if TYPE_CHECKING:
     from vfio_user.filters import Filter
@@ -49,7 +50,7 @@ class DeviceSpec:
     """A device to serve: its name as ``vfio-user serve`` takes it, its options as text, filters, outermost first.
 
     One of ``socket_path`` and ``fd``, a socket that was inherited. ``spin`` in seconds: see :class:`Server`.
-    ``origin`` says where this is written, in front of what is wrong with it.
+    ``origin`` says where this is written, in front of what is wrong with it. ``control``: for a control socket.
     """
 
     device: str
@@ -59,6 +60,7 @@ class DeviceSpec:
     filters: tuple[str, ...] = ()
     spin: float = 0.0
     origin: str = ""
+    control: Path | None = None
 
     @property
     def place(self) -> str:
@@ -111,6 +113,8 @@ class Service:
 
     A server that does not end, because a hook of its device does not return, is given up ``patience`` seconds after
     it was told to end; when it is told again, HURRY seconds after.
+
+    ``notify`` is told when it serves, and once it is to end.
     """
 
     def __init__(
@@ -120,11 +124,14 @@ class Service:
         *,
         handle_signals: bool = False,
         patience: float = PATIENCE,
+        notify: Notifier | None = None,
     ) -> None:
         _check_places(specs)
         self.devices = [_build(spec) for spec in specs]
         self._on_report = on_report
         self._patience = patience
+        self._notify = notify or Notifier()
+        self._ending = False
         self._told = 0.0
         self._deadline: float | None = None
         self._failures: list[VfioUserError] = []
@@ -163,6 +170,7 @@ class Service:
                 threading.Thread(
                     target=self._serve_one, args=(built, server), name=built.spec.device, daemon=True
                 ).start()
+            self._notify(READY, f"STATUS=Serving {', '.join(built.name for built in self.devices)}")
             while self._serving or self._companion is not None:
                 self._wait()
         finally:
@@ -235,6 +243,7 @@ class Service:
 
     def _end(self, *, again: bool = False) -> None:
         """Have all end. ``again``: who is told more than once has less patience."""
+        self._say_ending()
         if self._companion is not None:
             self._companion.end()
         elif self._deadline is None:
@@ -242,7 +251,13 @@ class Service:
         elif again:
             self._deadline = min(self._deadline, self._told + HURRY)
 
+    def _say_ending(self) -> None:
+        if not self._ending:
+            self._ending = True
+            self._notify(STOPPING)
+
     def _shut_down(self) -> None:
+        self._say_ending()
         if self._deadline is None:
             self._told = time.monotonic()
             self._deadline = self._told + self._patience
@@ -333,9 +348,10 @@ def _check_places(specs: Sequence[DeviceSpec]) -> None:
     for spec in specs:
         if (spec.socket_path is None) == (spec.fd is None):
             raise UsageError(_originating(spec, f"{spec.device} needs one of --socket-path and --fd (or --run)"))
-    twice = [place for place, times in Counter(spec.place for spec in specs).items() if times > 1]
+    places = [spec.place for spec in specs] + [str(spec.control) for spec in specs if spec.control is not None]
+    twice = [place for place, times in Counter(places).items() if times > 1]
     if twice:
-        raise UsageError(f"two devices at {twice[0]}")
+        raise UsageError(f"two sockets at {twice[0]}" if len(places) > len(specs) else f"two devices at {twice[0]}")
 
 
 def _build(spec: DeviceSpec) -> Built:
@@ -363,7 +379,7 @@ def _listen(built: Built) -> Server:
     """Raises OSError, which names the place."""
     spec = built.spec
     try:
-        return Server(built.backend, spec.socket_path, fd=spec.fd, spin=spec.spin)
+        return Server(built.backend, spec.socket_path, fd=spec.fd, spin=spec.spin, control=spec.control)
     except OSError as error:
         if error.filename:
             raise

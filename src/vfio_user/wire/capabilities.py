@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from vfio_user.errors import NegotiationError
 from vfio_user.wire.constants import (
+    CONTROL_VERSION,
     DEFAULT_DATA_XFER_SIZE,
     DEFAULT_DMA_MAPS,
     DEFAULT_MSG_FDS,
@@ -39,6 +40,12 @@ class TwinSocketCapability(msgspec.Struct, frozen=True, omit_defaults=True):
     fd_index: Annotated[int, msgspec.Meta(ge=0, le=MAX_MSG_FDS - 1)] | UnsetType = UNSET
 
 
+class ControlCapability(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``x_control``: the extension of a control socket (docs/control.md), which only such a one grants."""
+
+    version: Positive | UnsetType = UNSET
+
+
 class Capabilities(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one side states; UNSET: the key was not there, and the specification's default holds."""
 
@@ -49,6 +56,7 @@ class Capabilities(msgspec.Struct, frozen=True, omit_defaults=True):
     write_multiple: bool | UnsetType = UNSET
     twin_socket: TwinSocketCapability | UnsetType = UNSET
     migration: MigrationCapability | UnsetType = UNSET
+    x_control: ControlCapability | UnsetType = UNSET
 
     @property
     def msg_fds(self) -> int:
@@ -67,6 +75,11 @@ class Capabilities(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def wants_twin_socket(self) -> bool:
         return self.twin_socket is not UNSET and self.twin_socket.supported
+
+    @property
+    def has_control(self) -> bool:
+        """Whether this side speaks our version of the control extension."""
+        return self.x_control is not UNSET and self.x_control.version == CONTROL_VERSION
 
 
 class _VersionData(msgspec.Struct, frozen=True):
@@ -129,6 +142,7 @@ def negotiate(
     max_data_xfer_size: int,
     max_dma_maps: int,
     twin_socket: bool,
+    control: bool = False,
 ) -> Capabilities | None:
     """What a server answers to ``proposed``, whose version data was ``length`` bytes long.
 
@@ -147,6 +161,7 @@ def negotiate(
         pgsizes=proposed.pgsizes,
         write_multiple=proposed.write_multiple or UNSET,
         migration=MigrationCapability(pgsize=PAGE_SIZE) if pgsize else UNSET,
+        x_control=proposed.x_control if control and proposed.has_control else UNSET,
     )
     lowered = msgspec.structs.replace(
         answer, max_data_xfer_size=_common(proposed.max_data_xfer_size, max_data_xfer_size)

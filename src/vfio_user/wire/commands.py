@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
 from vfio_user.wire import messages as m
-from vfio_user.wire.constants import MAX_MSG_FDS, Command
+from vfio_user.wire.constants import MAX_MSG_FDS, Command, ControlCommand
 
 
 class Role(Enum):
@@ -37,7 +37,7 @@ class CommandSpec:
     elsewhere a peer that sets it goes without the answer that it asked for.
     """
 
-    command: Command
+    command: Command | ControlCommand
     sender: Role
     request: type[m.Payload]
     request_tail: Tail = Tail.NONE
@@ -74,8 +74,29 @@ _ROWS = (
 
 COMMANDS: Final[dict[int, CommandSpec]] = {int(row.command): row for row in _ROWS}
 
+_TAKEN_OVER = (
+    Command.VERSION,
+    Command.DEVICE_GET_INFO,
+    Command.DEVICE_GET_REGION_INFO,
+    Command.DEVICE_GET_IRQ_INFO,
+    Command.DEVICE_SET_IRQS,
+    Command.REGION_READ,
+    Command.DEVICE_FEATURE,
+    Command.MIG_DATA_READ,
+    Command.MIG_DATA_WRITE,
+)
+_CONTROL_ROWS = (
+    *(replace(COMMANDS[command], request_fds=0, reply_fds=0) for command in _TAKEN_OVER),
+    CommandSpec(ControlCommand.CONTROL_PUSH, _C, m.Empty, _EXT, m.ControlPushed),
+    CommandSpec(ControlCommand.CONTROL_ACCESS, _C, m.ControlAccess, _EXT, m.ControlAccess),
+    CommandSpec(ControlCommand.CONTROL_STATUS, _C, m.Empty, _EXT, m.ControlStatus),
+)
+
+CONTROL_COMMANDS: Final[dict[int, CommandSpec]] = {int(row.command): row for row in _CONTROL_ROWS}
+"""What a control socket takes instead (docs/control.md): no descriptors, nothing that changes what is the VMM's."""
+
 
 def command_name(command: int) -> str:
-    """The specification's name of a command, or its number where it has none."""
-    row = COMMANDS.get(command)
+    """The specification's name of a command, or the extension's; its number where it has none."""
+    row = COMMANDS.get(command) or CONTROL_COMMANDS.get(command)
     return row.command.name if row else f"command {command}"

@@ -53,6 +53,26 @@ class Command(IntEnum):
     MIG_DATA_WRITE = 18
 
 
+class ControlCommand(IntEnum):
+    """Commands of a control socket: this project's extension (docs/control.md), far from the standard's numbers."""
+
+    CONTROL_PUSH = 0x8001
+    CONTROL_ACCESS = 0x8002
+    CONTROL_STATUS = 0x8003
+
+
+CONTROL_VERSION = 1
+"""Of the extension, as both sides state it in the capabilities of VERSION."""
+
+
+class AccessMode(IntEnum):
+    """What becomes of the primary connection's accesses to BARs while the device does not run."""
+
+    PASS = 0
+    DUMMY = 1
+    HOLD = 2
+
+
 class HeaderFlags(IntFlag):
     """``flags`` of the header: bits 0-3 are the type."""
 

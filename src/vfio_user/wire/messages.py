@@ -366,3 +366,38 @@ def parse_sparse_areas(payload: Buffer, position: int) -> tuple[tuple[int, int],
     if areas.nr_areas * AREA.size > len(payload) - start:
         raise MessageError(f"{areas.nr_areas} sparse areas announced, {len(payload) - start} bytes came")
     return tuple(AREA.iter_unpack(payload[start : start + AREA.size * areas.nr_areas]))
+
+
+@dataclass(frozen=True, slots=True)
+class ControlPushed(Payload):
+    """Reply of CONTROL_PUSH: how many pages of 4 KiB the primary client was made to see as dirty."""
+
+    LAYOUT: ClassVar[Struct] = Struct("<Q")
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class ControlAccess(Payload):
+    """CONTROL_ACCESS, both ways: an AccessMode."""
+
+    LAYOUT: ClassVar[Struct] = Struct("<I")
+    mode: int
+
+
+@dataclass(frozen=True, slots=True)
+class ControlStatus(Payload):
+    """Reply of CONTROL_STATUS.
+
+    ``access`` is an AccessMode, ``held`` how many accesses wait; ``page_size`` of the DMA log in bytes, 0 while it is
+    off, ``dirty_pages`` how many of them are dirty; ``state`` a DeviceState, NO_STATE for a device that has none;
+    ``connected`` whether a primary client is there, 0 or 1.
+    """
+
+    LAYOUT: ClassVar[Struct] = Struct("<IIQQII")
+    NO_STATE: ClassVar[int] = 0xFFFFFFFF
+    access: int
+    held: int
+    page_size: int
+    dirty_pages: int
+    state: int
+    connected: int

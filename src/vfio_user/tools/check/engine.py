@@ -11,17 +11,23 @@ from fnmatch import fnmatchcase
 from vfio_user.errors import MessageError, UsageError
 from vfio_user.tools.check.cases import BreachError, Case, Session, Start
 from vfio_user.tools.check.expect import envelope
-from vfio_user.tools.check.facts import Facts, gather, told_capabilities, version, version_data
+from vfio_user.tools.check.facts import PROPOSAL, Facts, gather, told_capabilities, version, version_data
 from vfio_user.tools.check.model import Finding, Level, Mode, Quirk, Report, Result, Verdict, judge
 from vfio_user.tools.check.raw import NoMessageError, RawConnection, Transcript
 from vfio_user.wire import messages as m
-from vfio_user.wire.constants import Command
+from vfio_user.wire.commands import COMMANDS, CONTROL_COMMANDS
+from vfio_user.wire.constants import CONTROL_VERSION, Command
 
 Progress = Callable[[Result], None]
 
 _NEGOTIATION = "version/standard"
 _LOST = frozenset({"closed", "silent", "garbled", "id", "command", "type", "out-of-step"})
 """Findings after which the connection is of no use."""
+_VMM_SECTIONS = frozenset(
+    {f"VFIO_USER_{COMMANDS[number].command.name}" for number in COMMANDS.keys() - CONTROL_COMMANDS.keys()}
+    | {"VFIO_USER_DEVICE_SET_IRQS", "Client Disconnection"}
+)
+"""Sections about what a control socket does not take, or would do to the device's other client."""
 
 
 class ServerGoneError(Exception):
@@ -95,7 +101,7 @@ class ServerChecker:
     def _result(self, case: Case) -> Result:
         assert self._facts is not None
         result = Result(case.name, case.section, case.level, Verdict.SKIPPED, case.expected)
-        reason = self._gone or case.missing(self._facts)
+        reason = self._gone or case.missing(self._facts) or _not_here(case, self._facts)
         if reason:
             return replace(result, skipped=reason)
         transcript = Transcript()
@@ -188,6 +194,13 @@ class ServerChecker:
             self._shared = None
 
 
+def _not_here(case: Case, facts: Facts) -> str:
+    """Why a case is not asked of a control socket; "": it is, or this is none."""
+    if facts.control and (case.section in _VMM_SECTIONS or case.mode in (Mode.ACTIVE, Mode.MIGRATE)):
+        return "a control socket leaves that to the VMM"
+    return ""
+
+
 def _run(case: Case, session: Session) -> Iterator[Finding]:
     try:
         yield from case.run(session)
@@ -206,7 +219,7 @@ def _turn(case: Case) -> tuple[bool, bool, bool]:
 
 def _negotiate(wire: RawConnection) -> dict[str, object]:
     """The capabilities that the server answers with. Raises NoMessageError when there is no proper answer."""
-    wire.post(Command.VERSION, version(version_data()))
+    wire.post(Command.VERSION, version(version_data({**PROPOSAL, "x_control": {"version": CONTROL_VERSION}})))
     reply = wire.read()
     if reply.is_error:
         raise NoMessageError("refused", f"VERSION 0.2 is refused: {reply}")

@@ -94,6 +94,11 @@ class Facts:
         return self.number("max_msg_fds", DEFAULT_MSG_FDS)
 
     @property
+    def control(self) -> bool:
+        """Whether this is a control socket (docs/control.md): what it takes is less than what a device takes."""
+        return "x_control" in self.capabilities
+
+    @property
     def write_multiple(self) -> bool:
         return self.capabilities.get("write_multiple") is True
 
