@@ -74,7 +74,7 @@ def test_a_device_of_an_installed_package(packages: Path) -> None:
         ("number", "lab:number is no device class"),
         ("gone", "Gone"),
         ("odd", "odd (???)"),
-        ("nothing", "bad, edu, gone, gpio, ivshmem, mine, number, odd, pkg.mod:Class"),
+        ("nothing", "bad, edu, gone, gpio, ivshmem, mine, number, nvme, odd, pkg.mod:Class"),
     ],
 )
 def test_what_is_wrong_with_an_entry_point_is_one_line(packages: Path, name: str, reason: str) -> None:
