@@ -532,8 +532,8 @@ class Session:
             reply = self._await_reply((id(connection), msg_id), deadline)
         except CallTimeoutError:
             raise OSError(errno.ETIMEDOUT, f"{command.name} was not answered in time") from None
-        except FramingError as error:  # a device that asked for DMA expects an OSError
-            raise ConnectionClosedError(str(error)) from error
+        except FramingError as error:  # a device that asked for DMA expects an OSError; the loop meets the same again
+            raise OSError(error.errno, str(error)) from error
         finally:
             self._context.depth -= 1
             connection.abandon(msg_id)
