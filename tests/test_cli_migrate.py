@@ -294,7 +294,7 @@ def test_nobody_at_the_other_end(serve: Serve, tmp_path: Path) -> None:
 def migrating(source: Served, destination: Served, remote: bool) -> Iterator[subprocess.Popen[str]]:
     """A migration that has begun to send what takes seconds."""
     other = ["--exec", f"exec {receiving(destination)}"] if remote else [str(destination.path)]
-    with started("migrate", source.path, *other, "--json", "--bandwidth", "1", "--timeout", "1") as process:
+    with started("migrate", source.path, *other, "--json", "--bandwidth", "1", "--force", "--timeout", "1") as process:
         destination.wait_for("migration_write_data")
         yield process
 

@@ -97,7 +97,7 @@ def test_a_device_and_its_memory_go_through_ssh(ssh: list[str], pair: tuple[Serv
 @pytest.mark.parametrize("what", ["Ctrl-C", "sshd is killed"])
 def test_what_ends_it_midway_undoes_it(ssh: list[str], pair: tuple[Served, Served], what: str) -> None:
     command = receiving_there(ssh, pair[1])
-    with started("migrate", pair[0].path, "--exec", command, "--bandwidth", "1") as process:
+    with started("migrate", pair[0].path, "--exec", command, "--bandwidth", "1", "--force") as process:
         pair[1].wait_for("migration_write_data")
         if what == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)

@@ -54,7 +54,7 @@ _COLUMNS = {
 }
 
 
-@click.command()
+@click.command(epilog="Example: vfio-user check /tmp/edu.sock --all --junit report.xml")
 @click.argument("path", metavar="[SOCKET]", required=False, type=click.Path())
 @click.option("--client", is_flag=True, help="Play the server, and check the clients that connect.")
 @click.option("--listen", metavar="PATH", type=click.Path(), help="With --client: where to make the socket.")

@@ -18,7 +18,7 @@ MIB = 1 << 20
 MOST_FINDINGS = 10
 
 
-@click.command()
+@click.command(epilog="Example: vfio-user demo --bandwidth 100")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option(
     "--input",

@@ -21,7 +21,10 @@ FETCH = (
 )
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
+@click.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog="Example: vfio-user guest --socket /tmp/edu.sock bar0 w32:0x4=5 r32:0x4",
+)
 @click.option(
     "--socket",
     "sockets",

@@ -5,23 +5,30 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 import click
 
 from vfio_user import __version__
+from vfio_user.cli import logs
 from vfio_user.cli.reasons import describe
+from vfio_user.devices import BUILT_IN
 from vfio_user.errors import UsageError, VfioUserError
 
 COMMANDS = {
+    "bench": "vfio_user.cli.bench:bench",
     "check": "vfio_user.cli.check:check",
+    "completion": "vfio_user.cli.completion:completion",
     "demo": "vfio_user.cli.demo:demo",
     "guest": "vfio_user.cli.guest:guest",
     "info": "vfio_user.cli.inspect:info",
+    "irq": "vfio_user.cli.irq:irq",
     "migrate": "vfio_user.cli.migrate:migrate",
+    "qemu-migrate": "vfio_user.cli.qemu_migrate:qemu_migrate",
     "read": "vfio_user.cli.inspect:read",
     "receive": "vfio_user.cli.migrate:receive",
     "replay": "vfio_user.cli.replay:replay",
@@ -29,12 +36,13 @@ COMMANDS = {
     "resume": "vfio_user.cli.resume:resume",
     "save": "vfio_user.cli.migrate:save",
     "serve": "vfio_user.cli.serve:serve",
+    "shell": "vfio_user.cli.shell:shell",
     "trace": "vfio_user.cli.trace:trace",
     "write": "vfio_user.cli.inspect:write",
 }
 """Where each subcommand is: loaded when it is used, so that none pays for what another needs."""
 
-_LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+PROGRAM = "vfio-user"
 
 
 class _LazyGroup(click.Group):
@@ -46,6 +54,10 @@ class _LazyGroup(click.Group):
             return None
         module, _, name = COMMANDS[cmd_name].partition(":")
         command: click.Command = getattr(import_module(module), name)
+        if ctx.resilient_parsing:  # as it is for completion
+            from vfio_user.cli.completion import complete_arguments
+
+            complete_arguments(command)
         return command
 
     def invoke(self, ctx: click.Context) -> object:
@@ -57,11 +69,14 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-v", "--verbose", count=True, help="Log more; twice: every refused command.")
-@click.version_option(__version__, prog_name="vfio-user")
-def cli(verbose: int) -> None:
+@click.option("--log-json", is_flag=True, help="Log one JSON object a line.")
+@click.version_option(__version__, prog_name=PROGRAM)
+@click.pass_context
+def cli(ctx: click.Context, verbose: int, log_json: bool) -> None:
     """Serve, look at and migrate PCI devices that speak vfio-user."""
-    level = _LEVELS[min(verbose, len(_LEVELS) - 1)]
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False  # commands inherit it; rich looks for itself
+    logs.configure(verbose, log_json)
 
 
 def main() -> NoReturn:
@@ -69,9 +84,16 @@ def main() -> NoReturn:
     sys.exit(_run())
 
 
+def _arguments() -> list[str]:
+    """The command line. ``vfio-user-edu`` is ``vfio-user serve edu``: a program for those who look backends up."""
+    program = Path(sys.argv[0]).name
+    device = program.removeprefix(f"{PROGRAM}-")
+    return ["serve", device, *sys.argv[1:]] if device != program and device in BUILT_IN else sys.argv[1:]
+
+
 def _run() -> int:
     try:
-        cli(standalone_mode=False)
+        cli(_arguments(), prog_name=PROGRAM, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -85,5 +107,5 @@ def _run() -> int:
 
 
 def _fail(reason: str, status: int = 1) -> int:
-    print(f"vfio-user: {reason}", file=sys.stderr)
+    print(f"{PROGRAM}: {reason}", file=sys.stderr)
     return status

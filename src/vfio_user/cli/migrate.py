@@ -34,7 +34,7 @@ STDIN, STDOUT, STDERR = 0, 1, 2
 file_argument = click.argument("file", metavar="FILE|-", type=click.Path())
 
 
-@click.command()
+@click.command(epilog="Example: vfio-user save /tmp/edu.sock edu.state")
 @socket_argument
 @file_argument
 @timeout_option
@@ -46,7 +46,7 @@ def save(path: str, file: str, timeout: float) -> None:
         interrupts.check()  # the file is not in its place yet
 
 
-@click.command()
+@click.command(epilog="Example: vfio-user restore /tmp/edu.sock edu.state")
 @socket_argument
 @file_argument
 @click.option(
@@ -105,7 +105,7 @@ def _telling(what: str) -> Iterator[None]:
         raise MigrationError(f"{what}: {describe(error)}") from error
 
 
-@click.command()
+@click.command(epilog="Example: vfio-user migrate /tmp/a.sock --exec 'ssh host2 vfio-user receive /tmp/b.sock'")
 @click.argument("paths", metavar="SRC DST", nargs=-1, type=click.Path())
 @click.option("--device", "devices", metavar="SRC:DST", multiple=True, help="One more device of the same guest.")
 @click.option("--exec", "command", metavar="COMMAND", help="In place of DST, what runs vfio-user receive: ssh ...")
@@ -268,7 +268,9 @@ def _raise_failure(report: Report, verified: bool) -> None:
         )
 
 
-@click.command()
+@click.command(
+    epilog="Example: vfio-user receive /tmp/b.sock --listen host2:4444 --cert host2.crt --key host2.key --ca hosts.crt"
+)
 @click.argument("paths", metavar="DST...", nargs=-1, required=True, type=click.Path())
 @click.option("--listen", metavar="PLACE", help="Wait there for migrate --to: HOST:PORT, with TLS, or a UNIX socket.")
 @click.option("--memory", metavar="FILE[@ADDRESS]", multiple=True, help="A file that becomes the guest's memory there.")

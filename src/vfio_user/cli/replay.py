@@ -12,7 +12,7 @@ from vfio_user.tools.replay import Difference, Ignored, Replay, choose_connectio
 from vfio_user.tools.trace import CaptureError, connect, read_capture
 
 
-@click.command()
+@click.command(epilog="Example: vfio-user replay session.pcapng /tmp/edu.sock")
 @click.argument("file", metavar="FILE", type=click.Path())
 @socket_argument
 @click.option("--connection", metavar="N", type=click.IntRange(min=1), help="Which one of the capture; else the first.")

@@ -14,7 +14,7 @@ from vfio_user.tools.migrate import wake
 _WARNING = "only when you know that nothing runs at the other side: see what vfio-user info says there"
 
 
-@click.command()
+@click.command(epilog="Example: vfio-user resume /tmp/edu.sock")
 @click.argument("paths", metavar="SOCKET...", nargs=-1, required=True, type=click.Path())
 @click.option("--yes", is_flag=True, help="Do not ask: it is known that nothing runs at the other side.")
 @click.option("--reset", is_flag=True, help="Reset those that have lost their state, which cannot run on otherwise.")

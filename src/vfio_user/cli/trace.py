@@ -49,7 +49,7 @@ def _show_dissector(ctx: click.Context, param: click.Parameter, wanted: bool) ->
         ctx.exit()
 
 
-@click.command()
+@click.command(epilog="Example: vfio-user trace --listen /tmp/seen.sock --connect /tmp/edu.sock --stats")
 @click.option("--listen", metavar="PATH", type=click.Path(path_type=Path), help="Where clients come: made here.")
 @click.option("--connect", metavar="PATH", type=click.Path(path_type=Path), help="Where the server is.")
 @click.option("--run", metavar="COMMAND", help="Run a client with $VFIO_USER_SOCKET set, and end with it.")

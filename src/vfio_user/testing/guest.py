@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import mmap
 import os
-import select
 import socket
 import threading
-import time
 from types import TracebackType
 
 from vfio_user.client import Client
 from vfio_user.client.core import PROPOSAL
-from vfio_user.fds import OwnedFd, close_all
+from vfio_user.fds import OwnedFd
 from vfio_user.server import Server, ServerBackend
+from vfio_user.testing.interrupts import AssignedInterrupts
 from vfio_user.wire.capabilities import Capabilities
-from vfio_user.wire.constants import DeviceState, IrqSetFlags, PciIrq, PciRegion
+from vfio_user.wire.constants import DeviceState, PciIrq, PciRegion
 
-_ASSIGN = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
 _CHUNK = 1 << 20
+
+
+def map_memory(client: Client, size: int = 1 << 20, address: int = 0, *, shared: bool = True) -> memoryview:
+    """Memory of a guest: ``size`` bytes that the device reaches by DMA from ``address`` on.
+
+    As a shared file, or with ``shared=False`` by messages. It is there until the client leaves, or unmaps it.
+    """
+    with OwnedFd(os.memfd_create("vfio-user-guest", os.MFD_CLOEXEC)) as file:
+        os.ftruncate(file.fileno(), size)
+        memory = memoryview(mmap.mmap(file.fileno(), size))
+        client.dma_map(address, size, file.fileno() if shared else None, memory=memory)
+    return memory
 
 
 class FakeGuest:
@@ -52,7 +62,7 @@ class FakeGuest:
     ) -> None:
         self.timeout = timeout
         self.memory_address = memory_address
-        self._vectors: list[OwnedFd] = []
+        self._interrupts: AssignedInterrupts | None = None
         self._error: BaseException | None = None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._server = Server(device, sock=theirs)
@@ -64,11 +74,7 @@ class FakeGuest:
             self._stop_server()
             raise
         try:
-            with OwnedFd(os.memfd_create("vfio-user-guest", os.MFD_CLOEXEC)) as file:
-                os.ftruncate(file.fileno(), memory_size)
-                self.memory = memoryview(mmap.mmap(file.fileno(), memory_size))
-                backing = {"fd": file.fileno()} if shared else {}
-                self.client.dma_map(memory_address, memory_size, **backing, memory=self.memory)
+            self.memory = map_memory(self.client, memory_size, memory_address, shared=shared)
         except BaseException:
             self.close()
             raise
@@ -82,7 +88,8 @@ class FakeGuest:
     def close(self) -> None:
         """Disconnect. Raises what the server's thread failed with."""
         self.client.close()
-        close_all(self._vectors)
+        if self._interrupts is not None:
+            self._interrupts.forget()
         self._stop_server()
 
     def _stop_server(self) -> None:
@@ -146,42 +153,29 @@ class FakeGuest:
     def assign_interrupts(self, index: int = PciIrq.INTX, count: int | None = None) -> None:
         """Listen for the first ``count`` vectors of ``index`` (PciIrq), or for all; no longer for those before."""
         self.release_interrupts()
-        vectors = self.client.irqs[index].count if count is None else count
-        self._vectors = [OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)) for _ in range(vectors)]
-        self.client.set_irqs(index, _ASSIGN, 0, vectors, [fd.fileno() for fd in self._vectors])
-        self._index = index
+        self._interrupts = AssignedInterrupts(self.client, index, count, timeout=self.timeout)
 
     def release_interrupts(self) -> None:
         """Listen no longer."""
-        if self._vectors:
-            self.client.set_irqs(self._index, IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER, 0, 0)
-        close_all(self._vectors)
-        self._vectors = []
+        if self._interrupts is not None:
+            self._interrupts.close()
+            self._interrupts = None
 
     def interrupts(self, vector: int = 0) -> int:
         """How often ``vector`` was signalled since the last look, without waiting."""
-        try:
-            return os.eventfd_read(self._vectors[vector].fileno())
-        except BlockingIOError:
-            return 0
+        return self._assigned().count(vector)
 
     def wait_interrupt(self, vector: int = 0, timeout: float | None = None) -> int:
         """Wait until ``vector`` is signalled; how often it was. Raises TimeoutError after ``timeout`` seconds.
 
         Meanwhile the device's DMA by messages is served.
         """
-        seconds = self.timeout if timeout is None else timeout
-        deadline = time.monotonic() + seconds
-        poll = select.poll()
-        poll.register(self._vectors[vector].fileno(), select.POLLIN)
-        poll.register(self.client.fileno(), select.POLLIN)
-        while not (count := self.interrupts(vector)):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(f"no interrupt on vector {vector} in {seconds} s")
-            if self.client.fileno() in dict(poll.poll(left * 1000)):
-                self.client.serve_dma()
-        return count
+        return self._assigned().wait(vector, timeout)
+
+    def _assigned(self) -> AssignedInterrupts:
+        if self._interrupts is None:
+            raise LookupError("assign_interrupts() comes first")
+        return self._interrupts
 
     # Migration
 
