@@ -365,7 +365,18 @@ def test_a_sender_that_is_killed_has_its_destination_reset(pair: tuple[Served, S
 
 def test_a_migration_that_does_not_converge_says_so(serve: Serve) -> None:
     source, destination = serve("source", "edu"), serve("destination", "edu")
-    command = ("migrate", source.path, destination.path, "--json", "--downtime", "0", "--max-rounds", "1")
+    command = (
+        "migrate",
+        source.path,
+        destination.path,
+        "--json",
+        "--downtime",
+        "0",
+        "--max-rounds",
+        "1",
+        "--bandwidth",
+        "1",
+    )
     done = run(*command)
     assert "it does not converge: after 1 rounds" in complaint(done)
     assert (report_of(done)["failed_step"], report_of(done)["rounds"]) == ("pre-copy", 1)
