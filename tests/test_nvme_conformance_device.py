@@ -6,56 +6,31 @@ Section numbers are those of the NVM Express base specification, 1.4.
 from __future__ import annotations
 
 import contextlib
-import threading
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from vfio_user.devices.nvme import Nvme
-from vfio_user.devices.nvme.constants import AsyncEvent, ControllerStatus, Feature, IoOpcode, LogPage, Register
-from vfio_user.testing import FakeGuest
-from vfio_user.testing.nvme import ClientInterrupts, Command, NvmeDriver, NvmeError
+from vfio_user.devices.nvme.constants import (
+    ALL_NAMESPACES,
+    DOORBELLS,
+    AdminOpcode,
+    AsyncEvent,
+    ControllerStatus,
+    Feature,
+    Identify,
+    IoOpcode,
+    LogPage,
+    Register,
+)
+from vfio_user.testing.nvme import Command, NvmeError
 from vfio_user.wire.constants import PciIrq, PciRegion
 
+from .nvme_gate_support import Desk, GatedStorage, gated
+
 BLOCK, BLOCKS = 512, 1024
-MEMORY = 2 << 20
-TIMEOUT = 10.0
-
-
-class Desk:
-    """A controller, its guest, and a driver that polls; ``listen`` is for the interrupts of one index."""
-
-    def __init__(self, device: Nvme) -> None:
-        self.device = device
-        self._closing = contextlib.ExitStack()
-        self._closing.callback(device.close)
-        self.guest = self._closing.enter_context(FakeGuest(device, memory_size=MEMORY))
-        self.driver = NvmeDriver.of_client(self.guest.client, self.guest.memory)
-        self.driver.enable()
-
-    def listen(self, index: PciIrq, count: int | None = None) -> ClientInterrupts:
-        interrupts = ClientInterrupts(self.guest.client, index, count)
-        self._closing.callback(interrupts.close)
-        return interrupts
-
-    def nudge(self) -> None:
-        """Whatever was posted before has arrived, and what it caused has happened."""
-        self.guest.read32(Register.CSTS)
-
-    def in_device(self, work: Callable[[], object]) -> None:
-        """Have the thread that serves the client call ``work``, and wait for that."""
-        done = threading.Event()
-
-        def do() -> None:
-            work()
-            done.set()
-
-        self.device.post(do)
-        assert done.wait(TIMEOUT)
-
-    def close(self) -> None:
-        self._closing.close()
 
 
 @pytest.fixture
@@ -291,3 +266,143 @@ def test_settings_end_with_a_reset_of_the_function(desk: Desk) -> None:
     assert desk.driver.status == ControllerStatus(0)
     desk.driver.enable()
     assert desk.driver.get_feature(Feature.VOLATILE_WRITE_CACHE) == 1
+
+
+def test_a_shutdown_may_take_as_long_as_a_flush(desk: Desk) -> None:
+    """5.15.2.2, RTD3E in microseconds: hosts wait that long, and some only a few seconds where it is 0."""
+    assert int.from_bytes(desk.driver.identify(Identify.CONTROLLER)[88:92], "little") >= 20_000_000
+
+
+# Features (5.8, 5.21)
+
+_UNDER, _WARNING = 1 << 20, 1 << 1
+
+
+@pytest.mark.parametrize("select", range(4))
+def test_a_timestamp_of_each_kind(desk: Desk, select: int, caplog: pytest.LogCaptureFixture) -> None:
+    """5.21.1.14: current, default, saved, capabilities."""
+    desk.driver.set_timestamp(1 << 40)
+    with desk.driver.buffers.prp(4096) as buffer:
+        buffer.write(bytes(4096))
+        cdw10 = select << 8 | Feature.TIMESTAMP
+        result = desk.driver.admin(Command(AdminOpcode.GET_FEATURES, cdw10=cdw10, pointer=buffer.pointer)).result
+        stamp = int.from_bytes(buffer.read()[:6], "little")
+    assert (result, stamp >= 1 << 40) == (4 if select == 3 else 0, select == 0)
+    assert not caplog.records
+
+
+def test_thresholds_that_nobody_set(desk: Desk) -> None:
+    """5.21.1.4: over, the warning of IDENTIFY; under, 0: a disk that nobody set up does not raise an alarm."""
+    over, under = (desk.driver.get_feature(Feature.TEMPERATURE_THRESHOLD, cdw11=which) for which in (0, _UNDER))
+    assert over == int.from_bytes(desk.driver.identify(Identify.CONTROLLER)[266:268], "little")
+    assert under & 0xFFFF == 0
+    assert desk.driver.log_page(LogPage.SMART_HEALTH, 512)[0] == 0
+
+
+@pytest.mark.parametrize("which", [2 << 20, 3 << 20, 1 << 16, 8 << 16, 9 << 16])
+def test_thresholds_that_there_are_not(desk: Desk, which: int) -> None:
+    """5.21.1.4: THSEL 2 and 3 are reserved, and there are no sensors but the composite temperature."""
+    with pytest.raises(NvmeError, match="INVALID_FIELD"):
+        desk.driver.set_feature(Feature.TEMPERATURE_THRESHOLD, which | 300)
+    with pytest.raises(NvmeError, match="INVALID_FIELD"):
+        desk.driver.get_feature(Feature.TEMPERATURE_THRESHOLD, cdw11=which)
+
+
+@pytest.mark.parametrize(("passed", "again"), [(200, 400), (_UNDER | 400, _UNDER | 200)])
+def test_smart_warns_of_a_threshold_that_is_passed(desk: Desk, passed: int, again: int) -> None:
+    """5.14.1.2: critical warning, bit 1."""
+    for value, warning in ((passed, _WARNING), (again, 0), (passed, _WARNING)):
+        desk.driver.set_feature(Feature.TEMPERATURE_THRESHOLD, value)
+        assert desk.driver.log_page(LogPage.SMART_HEALTH, 512)[0] == warning
+
+
+OF_NAMESPACES = {Feature.ERROR_RECOVERY}
+
+
+@pytest.mark.parametrize("feature", sorted({*Feature} - OF_NAMESPACES))
+def test_a_feature_that_is_no_namespaces(desk: Desk, feature: Feature) -> None:
+    """5.21: named with an NSID it is refused, and stays as it is."""
+    with desk.driver.buffers.prp(4096) as buffer:
+        named = Command(AdminOpcode.SET_FEATURES, 1, cdw10=feature, pointer=buffer.pointer)
+        with pytest.raises(NvmeError, match="FEATURE_NOT_NAMESPACE_SPECIFIC"):
+            desk.driver.admin(named)
+        desk.driver.admin(dataclasses.replace(named, nsid=0))
+        desk.driver.admin(dataclasses.replace(named, nsid=ALL_NAMESPACES))
+
+
+def test_as_many_queues_as_there_may_be(desk: Desk) -> None:
+    """5.21.1.7: what GET FEATURES says is what is allocated, asked for or not."""
+    assert desk.driver.get_feature(Feature.NUMBER_OF_QUEUES) == 63 << 16 | 63
+    assert desk.driver.request_queues(8) == 8
+    assert desk.driver.get_feature(Feature.NUMBER_OF_QUEUES) == 7 << 16 | 7
+
+
+def test_a_write_cache_that_is_switched_off_is_empty() -> None:
+    """5.21.1.6: the host will flush no more."""
+    storage = GatedStorage()
+    with gated(storage) as desk:
+        desk.driver.create_queue_pair()
+        desk.driver.write(1, 0, bytes(BLOCK))
+        assert storage.dirty
+        desk.driver.set_feature(Feature.VOLATILE_WRITE_CACHE, 0)
+        assert not storage.dirty
+        desk.driver.set_feature(Feature.VOLATILE_WRITE_CACHE, 1)
+        assert storage.calls == ["write", "flush"]
+
+
+# Doorbells, messages, bus master
+
+
+def test_a_head_that_comes_behind_its_shadow(desk: Desk) -> None:
+    """7.13: a posted write of before may arrive when the shadow has gone on: it is a call, and nothing else."""
+    driver = desk.driver
+    queue = driver.create_queue_pair(16)
+    driver.enable_shadow_doorbells()
+    waiting = driver.async_event()
+    for _ in range(6):
+        driver.flush()
+    desk.guest.write32(DOORBELLS + queue.cq.doorbell.offset, 3)
+    for _ in range(30):
+        driver.flush()
+    assert not waiting.done
+    driver.get_feature(Feature.ARBITRATION)
+    assert not waiting.done
+
+
+def test_a_queue_that_is_deleted_sends_no_message(desk: Desk) -> None:
+    """Whoever deletes it has given its vector to somebody else, perhaps."""
+    interrupts = desk.listen(PciIrq.MSIX)
+    queue = desk.driver.create_queue_pair(vector=3)
+    desk.driver.flush()
+    interrupts.take(3)
+    desk.driver.delete_queue_pair(queue)
+    desk.nudge()
+    assert not interrupts.take(3)
+
+
+def test_a_queue_that_is_deleted_takes_its_level_along(desk: Desk) -> None:
+    """7.5.1: with a completion in it that nobody took."""
+    desk.listen(PciIrq.INTX)
+    queue = desk.driver.create_queue_pair(vector=0)
+    flush_unseen(desk)
+    assert desk.device.irq.asserted
+    for opcode in (AdminOpcode.DELETE_IO_SQ, AdminOpcode.DELETE_IO_CQ):
+        desk.driver.admin(Command(opcode, cdw10=queue.sq.identifier))
+    desk.nudge()
+    assert not desk.device.irq.asserted
+
+
+def test_no_dma_without_bus_master() -> None:
+    """PCI: a host that clears the bit wants memory left alone (kexec does); what was rung for waits."""
+    storage = GatedStorage()
+    with gated(storage) as desk:
+        queue = desk.driver.create_queue_pair()
+        desk.bus_master(False)
+        ticket = queue.submit(Command(IoOpcode.FLUSH, 1))
+        for _ in range(3):
+            desk.nudge()
+        queue.reap()
+        assert (ticket.done, storage.calls) == (False, [])
+        desk.bus_master(True)
+        queue.sq.ring_doorbell()
+        assert desk.driver.complete(ticket).status == "SUCCESS"

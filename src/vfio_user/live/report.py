@@ -66,6 +66,8 @@ class Report:
     device_state_bytes: int = 0
     downtime: float = 0.0
     total: float = 0.0
+    causes: dict[str, float] = field(default_factory=dict)
+    """What the downtime was spent with, where that is known."""
 
     @property
     def dirty_pages(self) -> int:
@@ -87,5 +89,10 @@ class Report:
             "dirty_pages": self.dirty_pages,
             "device_state_bytes": self.device_state_bytes,
             "downtime_ms": round(self.downtime * 1000, 3),
+            **({"downtime_causes_ms": _milliseconds(self.causes)} if self.causes else {}),
             "total_ms": round(self.total * 1000, 3),
         }
+
+
+def _milliseconds(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value * 1000, 3) for name, value in seconds.items()}

@@ -100,6 +100,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("memory", size(sum(done.memory_bytes for done in report.rounds))),
         ("device state", size(report.device_state_bytes)),
         *([("downtime", duration(report.downtime))] if report.downtime else []),
+        *((f"  {cause}", duration(seconds)) for cause, seconds in report.causes.items()),
         ("total", duration(report.total)),
     ]
 

@@ -1,0 +1,185 @@
+"""``qemu-migrate``: a running QEMU guest moves with its vfio-user devices."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from vfio_user.cli.inspect import timeout_option
+from vfio_user.cli.progress import render
+from vfio_user.cli.reasons import naming
+from vfio_user.client.control import ControlClient
+from vfio_user.errors import CallTimeoutError, MigrationError, NegotiationError, VfioUserError
+from vfio_user.live.html import report_html
+from vfio_user.live.report import Status
+from vfio_user.live.text import clean, round_line, verdict
+from vfio_user.tools.interrupts import Interrupts
+
+if TYPE_CHECKING:
+    from vfio_user.live.qemu import DevicePair, QemuMigration
+
+MIB = 1 << 20
+CALLS_PER_STEP = 6
+"""What takes as long as that many answers may: a QEMU that loads its machine, a device its state."""
+_ADVICE = "; see whether its guest runs, then: vfio-user qemu-migrate --recover"
+
+
+@click.command(
+    "qemu-migrate",
+    epilog="Example: vfio-user qemu-migrate --from a.qmp --to b.qmp --device a.ctl:b.ctl --uri tcp:127.0.0.1:4444",
+)
+@click.option("--from", "source", metavar="QMP", required=True, help="QMP socket of the QEMU whose guest is to move.")
+@click.option("--to", "destination", metavar="QMP", required=True, help="That of the QEMU that waits for it.")
+@click.option(
+    "--device",
+    "devices",
+    metavar="SRC:DST",
+    multiple=True,
+    required=True,
+    help="Control sockets of a device's servers, as serve --control makes them: one pair for each device.",
+)
+@click.option("--uri", metavar="URI", help="Where the memory goes, as both QEMUs reach it: tcp:HOST:PORT.")
+@click.option(
+    "--gdb",
+    metavar="PATH",
+    type=click.Path(),
+    help="A socket that the destination's QEMU makes and this command reaches, for devices with MSI-X.",
+)
+@click.option("--shared-memory", is_flag=True, help="Both have their memory in the same file, which is not copied.")
+@click.option("--cold", is_flag=True, help="Stop the guest first: for one with an IOMMU, and devices that do not log.")
+@click.option("--dry-run", is_flag=True, help="Say what would move, and what stands against it; change nothing.")
+@click.option("--recover", is_flag=True, help="After a qemu-migrate that was killed: have exactly one guest run.")
+@click.option("--keep-source", is_flag=True, help="Do not end the source's QEMU, whose guest must never run again.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--html", metavar="FILE", type=click.Path(dir_okay=False), help="The report as a page, with curves.")
+@click.option(
+    "--downtime",
+    default=300,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Milliseconds for the rest of memory.",
+)
+@click.option(
+    "--max-passes", default=30, show_default=True, type=click.IntRange(min=1), help="Over the memory, to come to that."
+)
+@click.option("--force", is_flag=True, help="Switch over after that, however long it takes.")
+@click.option("--bandwidth", metavar="MIB", type=click.IntRange(min=1), help="MiB per second to use at most.")
+@timeout_option
+def qemu_migrate(
+    source: str,
+    destination: str,
+    devices: tuple[str, ...],
+    dry_run: bool,
+    recover: bool,
+    as_json: bool,
+    html: str | None,
+    timeout: float,
+    downtime: int,
+    bandwidth: int | None,
+    **wishes: Any,
+) -> None:
+    """Move the running guest of one QEMU to another one, with its vfio-user devices.
+
+    Whatever fails, Ctrl-C too, leaves exactly one guest running. The QEMUs are 11.x, as they are; the second one waits
+    with -incoming defer -S, and has the same machine and the same devices in the same places.
+    """
+    if find_spec("qemu") is None or find_spec("qemu.qmp") is None:
+        raise click.ClickException("qemu-migrate needs qemu.qmp: pip install 'vfio-user[qemu]'")
+    from vfio_user.live.qemu import AbsentError, EndedMonitor, Monitor, QemuMigration
+
+    def connected_destination() -> Monitor:
+        try:
+            return Monitor("destination", destination, timeout)
+        except AbsentError:
+            if recover:
+                return EndedMonitor("destination")
+            raise
+
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it has to say is in the errors that it raises
+    with ExitStack() as stack:
+        job = QemuMigration(
+            stack.enter_context(Monitor("source", source, timeout)),
+            stack.enter_context(connected_destination()),
+            _pairs(stack, devices, timeout),
+            downtime=downtime / 1000,
+            bandwidth=None if bandwidth is None else bandwidth * MIB,
+            timeout=CALLS_PER_STEP * timeout,
+            check=stack.enter_context(Interrupts()).check,
+            **wishes,
+        )
+        if dry_run:
+            _tell_plan(job)
+        elif recover:
+            at_destination = job.recover() is Status.COMPLETED
+            click.echo(f"the guest runs at the {'destination' if at_destination else 'source'}")
+        else:
+            _move(job, f"{source} → {destination}", as_json=as_json, html=html)
+
+
+def _move(job: QemuMigration, title: str, *, as_json: bool, html: str | None) -> None:
+    report = job.report
+    with suppress(VfioUserError, OSError, KeyboardInterrupt):  # the reason is in the report
+        _follow(job, Console(stderr=True, quiet=as_json))
+    if as_json:
+        click.echo(json.dumps(report.as_json()))
+    else:
+        Console().print(render(report))
+    if html is not None:
+        Path(html).write_text(report_html(report, title), encoding="utf-8")
+    if report.status is not Status.COMPLETED:
+        advice = _ADVICE if report.status is Status.UNCONFIRMED else ""
+        raise MigrationError(f"{verdict(report)}: {clean(report.error or 'no reason')}{advice}")
+
+
+def _pairs(stack: ExitStack, devices: Sequence[str], timeout: float) -> list[DevicePair]:
+    from vfio_user.live.qemu import DevicePair
+
+    pairs = []
+    for device in devices:
+        paths = device.split(":")
+        if len(paths) != 2 or not all(paths):
+            raise click.UsageError(f"--device {device}: write SRC:DST")
+        pairs.append(DevicePair(device, *(stack.enter_context(_control(path, timeout)) for path in paths)))
+    return pairs
+
+
+@contextmanager
+def _control(path: str, timeout: float) -> Iterator[ControlClient]:
+    with naming(path):
+        try:
+            client = ControlClient.connect(path, timeout)
+        except (NegotiationError, CallTimeoutError) as error:
+            raise MigrationError(f"{path} is no control socket, as serve --control makes it: {error}") from error
+    with client:
+        yield client
+
+
+def _tell_plan(job: QemuMigration) -> None:
+    plan = job.plan()
+    for moving in plan.devices:
+        click.echo(f"device {moving.function.name}: {moving.pair.name}")
+    click.echo(f"memory: {plan.memory >> 20} MiB{', which is not copied' if job.shared_memory else ''}")
+    for obstacle in plan.obstacles:
+        click.echo(f"against it: {clean(obstacle)}")
+    if plan.obstacles:
+        raise MigrationError("it would be refused, and nothing would change")
+    click.echo("nothing stands against it")
+
+
+def _follow(job: QemuMigration, console: Console) -> None:
+    """A line for each pass over the memory; on a terminal also what is being done."""
+    if console.quiet:
+        list(job.run())
+        return
+    with console.status("looking whether it fits") as status:
+        for done in job.run():
+            console.out(round_line(done), highlight=False)
+            status.update(f"{job.report.step}, pass {done.number + 1}")

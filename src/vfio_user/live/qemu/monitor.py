@@ -1,0 +1,192 @@
+"""A QEMU's QMP socket: what the recipe asks it, typed and within a time.
+
+The client is ``qemu.qmp`` (the extra ``qemu`` of this package), QEMU's own, behind calls that block.
+
+Sources: QEMU's ``docs/interop/qmp-spec.rst``, ``qapi/run-state.json``, ``qapi/migration.json``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError, Runstate
+
+from vfio_user.errors import MigrationError
+
+T = TypeVar("T")
+
+
+class MonitorError(MigrationError):
+    """A QEMU could not be asked, or its answer is none."""
+
+
+class RefusedError(MonitorError):
+    """QEMU answered with an error."""
+
+
+class ClosedError(MonitorError):
+    """QEMU is gone, or its monitor is: what was asked last may have been done."""
+
+
+class AbsentError(MonitorError):
+    """Nobody listens at a QMP socket."""
+
+
+class LateError(MonitorError, TimeoutError):
+    """QEMU did not answer in time: what was asked may be done yet."""
+
+
+class RunState(msgspec.Struct, frozen=True):
+    """query-status."""
+
+    status: str
+    running: bool
+
+
+class RamProgress(msgspec.Struct, frozen=True, rename="kebab"):
+    """``ram`` of query-migrate: bytes and, where the name says so, pages."""
+
+    transferred: int
+    remaining: int
+    normal: int
+    duplicate: int
+    dirty_sync_count: int
+    page_size: int
+
+
+class MigrationInfo(msgspec.Struct, frozen=True, rename="kebab"):
+    """query-migrate; nothing of it is there before the first migration."""
+
+    status: str = "none"
+    ram: RamProgress | None = None
+    error_desc: str = ""
+    blocked_reasons: list[str] = []
+
+
+class Monitor:
+    """A connection to a QMP socket; a context manager. ``name`` is what errors call this QEMU.
+
+    ``timeout`` in seconds bounds the connecting and each command. Raises MonitorError where there is no QMP.
+    """
+
+    def __init__(self, name: str, path: str | os.PathLike[str], timeout: float = 10.0) -> None:
+        self.name = name
+        self.path = os.fspath(path)
+        self.timeout = timeout
+        self._client = QMPClient(name)
+        self._loop = asyncio.new_event_loop()
+        try:
+            self._run(self._client.connect(self.path), self.path)
+        except LateError as error:
+            self._loop.close()
+            raise LateError(f"{self.path} says nothing: is it a QMP socket, and free of another client?") from error
+        except BaseException:
+            self._loop.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave; QEMU goes on as it is. Closing twice is fine."""
+        if self._loop.is_closed():
+            return
+        with contextlib.suppress(MonitorError):
+            self._run(self._client.disconnect(), "disconnect")
+        self._loop.close()
+
+    def execute(self, command: str, **arguments: Any) -> object:
+        """Have a command done; what it returns. ``_`` in the names of arguments stands for QMP's ``-``."""
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        return self._run(self._client.execute(command, named), command)
+
+    def ask(self, kind: type[T], command: str, **arguments: Any) -> T:
+        """The same, of which the answer must be a ``kind``."""
+        answer = self.execute(command, **arguments)
+        try:
+            return msgspec.convert(answer, kind)
+        except msgspec.ValidationError as error:
+            raise MonitorError(f"the {self.name} QEMU answers {command} with what it must not: {error}") from error
+
+    def hmp(self, line: str) -> str:
+        """Have a line of the human monitor's done; what it prints."""
+        return self.ask(str, "human-monitor-command", command_line=line).strip()
+
+    def status(self) -> RunState:
+        """Whether the guest runs."""
+        return self.ask(RunState, "query-status")
+
+    def migration(self) -> MigrationInfo:
+        """How far a migration is."""
+        return self.ask(MigrationInfo, "query-migrate")
+
+    def wait_event(self, timeout: float) -> None:
+        """Return when something happens in QEMU, ``timeout`` seconds later at most. Raises ClosedError."""
+
+        async def any_event() -> None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._client.events.get(), timeout)
+
+        self._client.events.clear()
+        self._check_alive()
+        self._run(any_event(), "events")
+        self._check_alive()
+
+    def _check_alive(self) -> None:
+        if self._client.runstate is not Runstate.RUNNING:
+            raise ClosedError(f"the {self.name} QEMU: its monitor is gone")
+
+    def _run(self, work: Coroutine[Any, Any, T], what: str) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise ClosedError(f"the {self.name} QEMU: {what}: this monitor was closed")
+        try:
+            return self._loop.run_until_complete(asyncio.wait_for(work, self.timeout))
+        except ExecuteError as error:
+            raise RefusedError(f"the {self.name} QEMU: {what}: {error}") from error
+        except TimeoutError as error:
+            raise LateError(f"the {self.name} QEMU: {what}: no answer within {self.timeout:g} s") from error
+        except ConnectError as error:
+            absent = isinstance(error.exc, (FileNotFoundError, ConnectionRefusedError))
+            raise (AbsentError if absent else MonitorError)(
+                f"the {self.name} QEMU: {what}: {_reason(error.exc)}"
+            ) from error
+        except (QMPError, EOFError, OSError) as error:
+            raise ClosedError(f"the {self.name} QEMU: {what}: its monitor is gone") from error
+
+
+class EndedMonitor(Monitor):
+    """Of a QEMU that is known to have ended: whatever it is asked, it is gone."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.timeout = 0.0
+
+    def close(self) -> None:
+        """There is nothing to leave."""
+
+    def execute(self, command: str, **arguments: Any) -> object:
+        """Raises ClosedError."""
+        raise ClosedError(f"the {self.name} QEMU: {command}: it has ended")
+
+    def wait_event(self, timeout: float) -> None:
+        """Raises ClosedError."""
+        raise ClosedError(f"the {self.name} QEMU has ended")
+
+
+def _reason(error: Exception) -> str:
+    """Why there is no connection."""
+    if isinstance(error, EOFError):
+        return "it hangs up: is another client connected already?"
+    return getattr(error, "strerror", None) or "is it a QMP socket? What it says is no greeting"

@@ -1,0 +1,350 @@
+"""Moving a QEMU guest, as far as it needs no QEMU: config space, the gdbstub's packets, a QMP peer that errs."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vfio_user.errors import MigrationError
+from vfio_user.live.qemu import ClosedError, LateError, Monitor, MonitorError, Plan, RefusedError
+from vfio_user.live.qemu.config_image import SIZE, ConfigImage, ConfigWrite, MsixTable
+from vfio_user.live.qemu.gdbstub import GdbStub
+from vfio_user.live.qemu.handover import masked_vectors
+from vfio_user.live.qemu.machine import Machine, PciFunction, path_text
+from vfio_user.live.report import Report, Status
+from vfio_user.live.text import report_text
+
+pytestmark = pytest.mark.timeout(60)
+
+TIMEOUT = 5.0
+GREETING = {"QMP": {"version": {"qemu": {"major": 11, "minor": 1, "micro": 3}, "package": ""}, "capabilities": []}}
+
+Peer = Callable[[socket.socket], None]
+
+
+@contextmanager
+def served(path: Path, talk: Peer) -> Iterator[str]:
+    """A peer that talks to one client."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        listener.settimeout(TIMEOUT)
+
+        def serve() -> None:
+            client, _ = listener.accept()
+            with client:
+                client.settimeout(TIMEOUT)
+                talk(client)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield str(path)
+        finally:
+            thread.join(2 * TIMEOUT)
+            assert not thread.is_alive()
+
+
+# Config space
+
+
+def image(**registers: int) -> ConfigImage:
+    """A config space; ``_10_4=5``: the register of 4 bytes at 0x10 is 5."""
+    data = bytearray(SIZE)
+    for name, value in registers.items():
+        offset, width = name[1:].split("_")
+        data[int(offset, 16) : int(offset, 16) + int(width)] = value.to_bytes(int(width), "little")
+    return ConfigImage(bytes(data))
+
+
+def test_bars_are_found_whatever_their_kind() -> None:
+    found = image(_10_4=0xE000_0000, _14_4=0xC001, _18_4=0x0000_000C, _1c_4=0x38, _24_4=0).bars
+    assert [(bar.bar, bar.address, bar.io) for bar in found] == [
+        (0, 0xE000_0000, False),
+        (1, 0xC000, True),
+        (2, 0x38_0000_0000, False),
+    ]
+
+
+def test_control_words_come_last_and_the_msix_table_is_elsewhere() -> None:
+    config = image(
+        _4_2=6, _6_2=0x10, _10_4=0xE000_0000, _34_1=0x40, _3c_1=11,
+        _40_4=0x0181_5005, _44_4=0xFEE0_0000, _48_4=1, _4c_2=0x4021, _50_4=0xF,
+        _50_1=0x11, _51_1=0, _52_2=0x8003, _54_4=0x2004,
+    )  # fmt: skip
+    writes = [(write.offset, write.width) for write in config.writes()]
+    assert writes == [(0x10, 4), (0x3C, 1), (0x0C, 1), (0x04, 2), (0x44, 4), (0x48, 4), (0x4C, 2), (0x50, 4), (0x42, 2)]
+    assert list(config.msix_control()) == [ConfigWrite(0x52, 2, 0x8003)]
+    table = config.msix
+    assert table is not None
+    assert (table.bar, table.offset, table.vectors, table.size) == (4, 0x2000, 4, 64)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=32), st.booleans())
+def test_masked_vectors_are_those_that_a_driver_has_set_up(entries: list[tuple[bool, bool]], all_masked: bool) -> None:
+    data = b"".join(
+        (0xFEE0_0000 * used).to_bytes(12, "little") + masked.to_bytes(4, "little") for used, masked in entries
+    )
+    table = MsixTable(0, 0, len(entries), 0x8000 | all_masked << 14)
+    expected = [vector for vector, (used, masked) in enumerate(entries) if used and (masked or all_masked)]
+    assert list(masked_vectors(table, data)) == expected
+
+
+@given(st.binary(min_size=SIZE, max_size=SIZE))
+def test_whatever_a_config_space_says_no_write_leaves_it(data: bytes) -> None:
+    config = ConfigImage(data)
+    for write in [*config.writes(), *config.msix_control()]:
+        assert 0 <= write.offset <= SIZE - write.width
+        assert write.offset % write.width == 0
+        assert write.value == config.number(write.offset, write.width)
+    assert all(bar.address for bar in config.bars)
+    assert config.msix is None or 1 <= config.msix.vectors <= 2048
+
+
+@given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255))
+def test_config_addresses_are_those_of_mechanism_1(bus: int, devfn: int, offset: int) -> None:
+    assert PciFunction(bus, devfn).config_address(offset) == 1 << 31 | bus << 16 | devfn << 8 | offset // 4 * 4
+
+
+def test_a_path_reads_as_slots_and_functions() -> None:
+    assert path_text((0x10, 0x01)) == "02.0/00.1"
+
+
+# The gdbstub
+
+
+def checked(packet: bytes) -> bytes:
+    return b"+$%s#%02x" % (packet, sum(packet) % 256)
+
+
+def answering(answers: dict[bytes, bytes], seen: list[bytes]) -> Peer:
+    """A gdbstub that answers packets by how they begin."""
+
+    def talk(client: socket.socket) -> None:
+        pending = b""
+        while more := client.recv(4096):
+            pending += more
+            while (end := pending.find(b"#")) >= 0 and len(pending) >= end + 3:
+                packet, pending = pending[pending.find(b"$") + 1 : end], pending[end + 3 :]
+                seen.append(packet)
+                answer = next((answers[begin] for begin in answers if packet.startswith(begin)), b"")
+                client.sendall(checked(answer)[:3])
+                client.sendall(checked(answer)[3:])
+
+    return talk
+
+
+WELL = {b"qSupported": b"PacketSize=4096", b"?": b"T05thread:01;", b"Q": b"OK", b"M": b"OK"}
+
+
+def test_memory_is_written_in_pieces_and_nobody_says_farewell(tmp_path: Path) -> None:
+    seen: list[bytes] = []
+    with served(tmp_path / "gdb", answering(WELL, seen)) as path, GdbStub(path, TIMEOUT) as stub:
+        stub.write(0xFEB0_2000, bytes(range(100)))
+    assert seen[2] == b"Qqemu.PhyMemMode:1"
+    assert seen[3] == b"Mfeb02000,40:" + bytes(range(64)).hex().encode()
+    assert seen[4] == b"Mfeb02040,24:" + bytes(range(64, 100)).hex().encode()
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize("answers", [{**WELL, b"M": b"E22"}, {**WELL, b"Q": b""}])
+def test_a_gdbstub_that_refuses_is_named(tmp_path: Path, answers: dict[bytes, bytes]) -> None:
+    with (
+        served(tmp_path / "gdb", answering(answers, [])) as path,
+        pytest.raises(MigrationError, match=r"gdbstub: .* is answered"),
+        GdbStub(path, TIMEOUT) as stub,
+    ):
+        stub.write(0, b"data")
+
+
+@pytest.mark.parametrize("says", [b"", b"+", b"+$" + bytes(30000)], ids=["nothing", "a part", "without end"])
+def test_what_is_no_gdbstub_is_found_out(tmp_path: Path, says: bytes) -> None:
+    def talk(client: socket.socket) -> None:
+        client.recv(4096)
+        client.sendall(says)
+
+    with served(tmp_path / "gdb", talk) as path, pytest.raises(MigrationError, match="gdbstub"):
+        GdbStub(path, TIMEOUT)
+
+
+def test_no_gdbstub_at_all(tmp_path: Path) -> None:
+    with pytest.raises(MigrationError, match="No such file"):
+        GdbStub(str(tmp_path / "gdb"), TIMEOUT)
+
+
+# QMP
+
+
+def qmp(answers: dict[str, object]) -> Peer:
+    """A QEMU that answers commands by name; what is not among them, with an error; None: it hangs up."""
+
+    def talk(client: socket.socket) -> None:
+        client.sendall(json.dumps(GREETING).encode() + b"\n")
+        while asked := client.recv(4096):  # one at a time, with nothing to tell where it ends
+            command = json.loads(asked)
+            name = command["execute"]
+            if name in answers and answers[name] is None:
+                return
+            error = {"class": "CommandNotFound", "desc": f"no {name}"}
+            answer = {"return": answers[name]} if name in answers else {"error": error}
+            client.sendall(json.dumps({**answer, "id": command.get("id")}).encode() + b"\n")
+
+    return talk
+
+
+ALIVE: dict[str, object] = {"qmp_capabilities": {}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ({"status": 3, "running": True}, r"Expected `str`, got `int` - at `\$.status`"),
+        ([], "Expected `object`, got `array`"),
+        ({"status": "running"}, "Object missing required field `running`"),
+    ],
+)
+def test_an_answer_that_is_none_is_named(tmp_path: Path, answer: object, reason: str) -> None:
+    peer = qmp({**ALIVE, "query-status": answer})
+    with (
+        served(tmp_path / "qmp", peer) as path,
+        Monitor("source", path, TIMEOUT) as monitor,
+        pytest.raises(MonitorError, match=f"the source QEMU answers query-status with what it must not: {reason}"),
+    ):
+        monitor.status()
+
+
+def test_a_refusal_has_qemus_words(tmp_path: Path) -> None:
+    with (
+        served(tmp_path / "qmp", qmp(ALIVE)) as path,
+        Monitor("source", path, TIMEOUT) as monitor,
+        pytest.raises(RefusedError, match="the source QEMU: query-status: no query-status"),
+    ):
+        monitor.status()
+
+
+def test_a_qemu_that_goes_is_gone_from_then_on(tmp_path: Path) -> None:
+    peer = qmp({**ALIVE, "query-status": None})
+    with served(tmp_path / "qmp", peer) as path, Monitor("source", path, TIMEOUT) as monitor:
+        for _ in range(2):
+            with pytest.raises(ClosedError, match="the source QEMU: query-status: its monitor is gone"):
+                monitor.status()
+        with pytest.raises(ClosedError):
+            monitor.wait_event(TIMEOUT)
+
+
+def test_a_qemu_that_says_nothing_is_late(tmp_path: Path) -> None:
+    def talk(client: socket.socket) -> None:
+        client.sendall(json.dumps(GREETING).encode() + b"\n")
+        client.recv(4096)
+        client.sendall(b'{"return": {}}\n')
+        while client.recv(4096):
+            pass
+
+    with (
+        served(tmp_path / "qmp", talk) as path,
+        Monitor("source", path, 0.3) as monitor,
+        pytest.raises(LateError, match=r"query-status: no answer within 0\.3 s"),
+    ):
+        monitor.status()
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "is it a QMP socket"),
+        (b'{"hello": 1}\n', "is it a QMP socket"),
+        (b"", "it hangs up"),
+        (b"[" * 100_000 + b"\n", "is it a QMP socket"),
+    ],
+)
+def test_what_is_no_qmp_is_found_out(tmp_path: Path, says: bytes, reason: str) -> None:
+    with (
+        served(tmp_path / "qmp", lambda client: client.sendall(says)) as path,
+        pytest.raises(MonitorError, match=reason),
+    ):
+        Monitor("source", path, TIMEOUT)
+
+
+def test_no_socket_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MonitorError, match=r"nowhere: No such file"):
+        Monitor("source", tmp_path / "nowhere", TIMEOUT)
+
+
+def test_a_monitor_that_was_closed_says_so(tmp_path: Path) -> None:
+    with served(tmp_path / "qmp", qmp(ALIVE)) as path:
+        with Monitor("source", path, TIMEOUT) as monitor:
+            pass
+        with pytest.raises(ClosedError, match="this monitor was closed"):
+            monitor.status()
+        monitor.close()
+
+
+@pytest.mark.parametrize("prints", ["", "portl[0x0cf8] = many", "unknown command: 'i'", "0x" + "f" * 100_000])
+def test_a_human_monitor_that_prints_something_else(tmp_path: Path, prints: str) -> None:
+    peer = qmp({**ALIVE, "human-monitor-command": prints})
+    with served(tmp_path / "qmp", peer) as path, Monitor("source", path, TIMEOUT) as monitor:
+        machine = Machine(monitor)
+        with pytest.raises(MigrationError, match="the source QEMU reads a port as"):
+            machine.port_read(0xCF8)
+        with pytest.raises(MigrationError, match="does not read memory at 0x1000"):
+            machine.memory_words(0x1000, 4)
+
+
+def test_an_answer_out_of_turn_is_not_taken_for_another(tmp_path: Path) -> None:
+    def talk(client: socket.socket) -> None:
+        client.sendall(json.dumps(GREETING).encode() + b"\n")
+        client.recv(4096)
+        client.sendall(b'{"return": {}}\n')
+        command = json.loads(client.recv(4096))
+        client.sendall(b'{"return": {"status": "running", "running": true}, "id": "somebody else\'s"}\n')
+        answer = {"return": {"status": "paused", "running": False}, "id": command["id"]}
+        client.sendall(json.dumps(answer).encode() + b"\n")
+
+    with served(tmp_path / "qmp", talk) as path, Monitor("source", path, TIMEOUT) as monitor:
+        assert monitor.status().status == "paused"
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (
+            {"qemu": {"major": 10, "minor": 2, "micro": 0}},
+            "the destination QEMU is 10.2.0: the recipe is known to work",
+        ),
+        ({"qemu": "11"}, "the destination QEMU answers query-version with what it must not"),
+    ],
+)
+def test_another_qemu_is_refused_whatever_else_it_says(tmp_path: Path, version: object, reason: str) -> None:
+    here = qmp({**ALIVE, "query-version": GREETING["QMP"]["version"]})
+    there = qmp({**ALIVE, "query-version": version})
+    with (
+        served(tmp_path / "s", here) as source,
+        served(tmp_path / "d", there) as destination,
+        Monitor("source", source, TIMEOUT) as one,
+        Monitor("destination", destination, TIMEOUT) as other,
+    ):
+        (obstacle,) = Plan(Machine(one), Machine(other), []).obstacles
+        assert obstacle.startswith(reason)
+
+
+# What it says
+
+
+def test_a_report_tells_what_the_downtime_was_spent_with() -> None:
+    report = Report(status=Status.COMPLETED, downtime=0.05, causes={"stop": 0.02, "push": 0.03})
+    assert report.as_json()["downtime_causes_ms"] == {"stop": 20.0, "push": 30.0}
+    lines = report_text(report).splitlines()
+    assert [line.split() for line in lines[-4:-1]] == [
+        ["downtime", "50", "ms"],
+        ["stop", "20", "ms"],
+        ["push", "30", "ms"],
+    ]
+    assert "downtime_causes_ms" not in Report().as_json()

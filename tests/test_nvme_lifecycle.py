@@ -1,0 +1,538 @@
+"""An NVMe controller whose storage is slow, or hangs, while its guest resets, aborts, formats, migrates, or leaves.
+
+Whatever comes: nothing touches guest memory or the storage after the controller said that it is done, nothing waits
+that need not, and the next guest finds a good controller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from vfio_user import Client, Server
+from vfio_user.devices.nvme import Nvme, controller
+from vfio_user.devices.nvme.constants import (
+    ALL_NAMESPACES,
+    AdminOpcode,
+    Configuration,
+    ControllerStatus,
+    Feature,
+    IoOpcode,
+    LogPage,
+    Register,
+)
+from vfio_user.testing import FakeGuest
+from vfio_user.testing.guest import map_memory
+from vfio_user.testing.nvme import Command, NvmeDriver, SharedMemory, Ticket, io
+from vfio_user.testing.nvme.access import ClientRegisters
+from vfio_user.testing.nvme.bare import NORMAL_SHUTDOWN
+from vfio_user.testing.nvme.commands import FUSED_FIRST, FUSED_SECOND
+from vfio_user.testing.nvme.data import Buffer, prps
+from vfio_user.testing.nvme.queues import QueuePair
+from vfio_user.wire.constants import DeviceState, PciIrq, PciRegion
+
+from .nvme_gate_support import (
+    BLOCK,
+    TIMEOUT,
+    Desk,
+    DirectRegisters,
+    GatedStorage,
+    MessageGuest,
+    controller_of,
+    gated,
+    settle,
+)
+
+pytestmark = pytest.mark.timeout(60)
+
+PAGE = 4096
+MANY = 300
+"""More commands than workers are given."""
+SOON = 0.3
+"""Seconds that a storage may take, where a test waits for that to pass."""
+KEEP_ALIVE = 800
+"""Milliseconds: long enough for a slow machine to say a word in, short enough to be waited for."""
+PCI_EXPRESS, DEVICE_CONTROL, START_FLR = 0x10, 8, 1 << 15
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for the storage soon gives up."""
+    monkeypatch.setattr(controller, "QUIESCE_TIMEOUT", SOON)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what another thread brings about."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def read_of(buffer: Buffer, blocks: int = 1, nsid: int = 1) -> Command:
+    return io(IoOpcode.READ, nsid, 0, blocks, buffer)
+
+
+def pair_of(expected: Buffer, data: Buffer) -> list[Command]:
+    """COMPARE AND WRITE."""
+    return [
+        io(IoOpcode.COMPARE, 1, 0, 1, expected, flags=FUSED_FIRST),
+        io(IoOpcode.WRITE, 1, 0, 1, data, flags=FUSED_SECOND),
+    ]
+
+
+def status_of(driver: NvmeDriver, ticket: Ticket) -> str:
+    return driver.complete(ticket).status
+
+
+# Resets
+
+
+class TestReset:
+    def test_done_when_data_by_messages_are(self) -> None:
+        """7.3.2, 3.1.6: once RDY is 0 the host may use its memory for something else."""
+        storage = GatedStorage()
+        with contextlib.closing(controller_of(storage)) as device:
+            guest, driver = self._direct(device)
+            pages, late = self._pages(driver), list[int]()
+
+            def touched(address: int) -> None:
+                if address == pages[0]:
+                    self._disable(device)
+                elif not driver.status & ControllerStatus.RDY:
+                    late.append(address)
+
+            guest.touched = touched
+            driver.first_queue.submit(Command(IoOpcode.READ, 1, cdw12=15, pointer=prps(*pages)))
+            settle(device)
+            assert late == []
+            assert driver.status == 0
+            assert not storage.acquired
+
+    def test_writes_nothing_into_a_storage_that_was_given_back(self) -> None:
+        storage = GatedStorage()
+        with contextlib.closing(controller_of(storage)) as device:
+            guest, driver = self._direct(device)
+            pages = self._pages(driver)
+            guest.touched = lambda address: self._disable(device) if address == pages[0] else None
+            driver.first_queue.submit(Command(IoOpcode.WRITE, 1, cdw12=15, pointer=prps(*pages)))
+            settle(device)
+            assert storage.trespasses == []
+            assert driver.status == 0
+            assert not storage.acquired
+
+    @staticmethod
+    def _direct(device: Nvme) -> tuple[MessageGuest, NvmeDriver]:
+        guest = MessageGuest(device)
+        driver = NvmeDriver(DirectRegisters(device), SharedMemory(memoryview(guest.memory)))
+        driver.enable()
+        driver.create_queue_pair()
+        return guest, driver
+
+    @staticmethod
+    def _pages(driver: NvmeDriver) -> tuple[int, int]:
+        """Two that do not follow each other: there is a message for each."""
+        first, _, second = (driver.pages.allocate() for _ in range(3))
+        return first, second
+
+    @staticmethod
+    def _disable(device: Nvme) -> None:
+        registers = DirectRegisters(device)
+        registers.write32(Register.CC, registers.read32(Register.CC) & ~Configuration.EN)
+
+    def test_begins_nothing_more(self) -> None:
+        """What no worker has begun never is: CAP.TO is not enough for a deep queue on a slow storage."""
+        storage = GatedStorage(shut=True)
+        with gated(storage, threads=4) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
+            desk.driver.create_queue_pair(512).submit_many([read_of(buffer)] * MANY)
+            storage.wait_for(4)
+            desk.begin_reset()
+            assert desk.driver.status & ControllerStatus.RDY
+            storage.gate.set()
+            desk.driver.wait_status(ControllerStatus.RDY, ControllerStatus(0))
+            assert len(storage.calls) == 4
+            assert desk.device.namespaces[1].busy == 0
+            desk.driver.enable()
+            desk.driver.create_queue_pair()
+            assert desk.driver.read(1, 0, 1) == bytes(BLOCK)
+
+    def test_serves_the_client_while_dirty_data_become_durable(self) -> None:
+        storage = GatedStorage()
+        with gated(storage) as desk:
+            desk.driver.create_queue_pair()
+            desk.driver.write(1, 0, b"x" * BLOCK)
+            storage.gate.clear()
+            desk.begin_reset()
+            storage.wait_for(2)
+            assert storage.calls[-1] == "flush"
+            assert desk.driver.status & ControllerStatus.RDY
+            assert storage.acquired
+            storage.gate.set()
+            desk.driver.wait_status(ControllerStatus.RDY, ControllerStatus(0))
+            assert not storage.acquired
+            assert not storage.dirty
+
+    def test_of_the_function_keeps_what_is_being_written(self, impatient: None) -> None:
+        """FLR while the storage hangs: no other server may have it before the last write has ended."""
+        storage = GatedStorage(shut=True)
+        with gated(storage) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
+            desk.driver.create_queue_pair().submit(io(IoOpcode.WRITE, 1, 0, 1, buffer))
+            storage.wait_for(1)
+            self._reset_function(desk.guest)
+            until(lambda: desk.driver.status == 0)
+            assert storage.acquired
+            storage.gate.set()
+            until(lambda: not storage.acquired)
+            assert storage.trespasses == []
+            assert not storage.dirty
+
+    @staticmethod
+    def _reset_function(guest: FakeGuest) -> None:
+        config = guest.client.region_read(PciRegion.CONFIG, 0, 256)
+        at = config[0x34]
+        while config[at] != PCI_EXPRESS:
+            at = config[at + 1]
+        at += DEVICE_CONTROL
+        guest.write16(at, guest.read16(at, PciRegion.CONFIG) | START_FLR, PciRegion.CONFIG)
+
+    def test_of_the_device_forgets_how_long_a_burst_is(self) -> None:
+        with contextlib.closing(Desk(Nvme(size=1 << 20))) as desk:
+            burst = desk.device.executor.burst
+            desk.driver.set_feature(Feature.ARBITRATION, 0)
+            assert desk.device.executor.burst == 1
+            desk.guest.reset()
+            assert desk.device.executor.burst == burst
+
+
+# A client that goes wrong
+
+
+@contextlib.contextmanager
+def with_a_raw_socket(device: Nvme) -> Iterator[tuple[Client, socket.socket]]:
+    """A client of ``device``, and its socket for what no client sends."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with Server(device, sock=theirs) as server, ours.dup() as raw:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with Client(ours, TIMEOUT) as client:
+                yield client, raw
+        finally:
+            server.shutdown()
+            thread.join(TIMEOUT)
+            assert not thread.is_alive()
+
+
+def test_a_garbled_answer_harms_no_other_guest() -> None:
+    """A client answers the first of many DMA_WRITEs with three bytes: every command ends, for whoever comes next."""
+    storage = GatedStorage(shut=True)
+    with contextlib.closing(controller_of(storage)) as device:
+        with with_a_raw_socket(device) as (client, raw), contextlib.ExitStack() as buffers:
+            driver = NvmeDriver.of_client(client, map_memory(client, 8 << 20, shared=False))
+            driver.enable()
+            queue = driver.create_queue_pair(64)
+            reads = [read_of(buffers.enter_context(driver.buffers.prp(128 << 10)), 256) for _ in range(16)]
+            queue.submit_many(reads)
+            until(lambda: (driver.status, len(device.executor.workers))[1] == len(reads))
+            ended = threading.Event()
+
+            def end_together() -> None:
+                storage.gate.set()
+                device.executor.workers.wait(TIMEOUT)
+                ended.set()
+
+            device.post(end_together)
+            assert ended.wait(TIMEOUT)
+            raw.sendall(b"\1\0\1\0" + (3).to_bytes(4, "little") + bytes(8))
+            until(lambda: device.namespaces[1].busy == 0)
+        with FakeGuest(device) as other:
+            driver = NvmeDriver.of_client(other.client, other.memory)
+            driver.enable()
+            driver.create_queue_pair()
+            assert driver.read(1, 0, 1) == bytes(BLOCK)
+            other.reset()
+
+
+# ABORT
+
+
+class TestAbort:
+    def test_is_carried_out_while_the_storage_hangs(self) -> None:
+        """5.1: however many commands wait for the storage, those for the controller do not."""
+        storage = GatedStorage(shut=True)
+        with gated(storage) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
+            tickets = desk.driver.create_queue_pair(512).submit_many([read_of(buffer)] * MANY)
+            storage.wait_for(8)
+            assert desk.driver.abort(tickets[250])
+            assert status_of(desk.driver, tickets[250]) == "ABORT_REQUESTED"
+            storage.gate.set()
+            desk.driver.first_queue.drain()
+            assert {ticket.completion.status for ticket in tickets if ticket.completion} == {
+                "SUCCESS",
+                "ABORT_REQUESTED",
+            }
+
+    def test_of_a_format_that_nobody_began(self) -> None:
+        """5.1: then the namespace is what it was."""
+        busy, other = GatedStorage(shut=True), GatedStorage()
+        with gated(busy, other, threads=1) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
+            ticket = desk.driver.create_queue_pair().submit(read_of(buffer))
+            busy.wait_for(1)
+            format_ = desk.driver.admin_queue.submit(Command(AdminOpcode.FORMAT_NVM, 2))
+            assert desk.driver.abort(format_)
+            assert status_of(desk.driver, format_) == "ABORT_REQUESTED"
+            busy.gate.set()
+            assert status_of(desk.driver, ticket) == "SUCCESS"
+            assert desk.driver.read(2, 0, 1) == bytes(BLOCK)
+
+    def test_of_a_reset_format_neither(self) -> None:
+        """A reset takes a format along that waits for a worker: the next host finds a namespace as before."""
+        busy, other = GatedStorage(shut=True), GatedStorage()
+        with gated(busy, other, threads=1) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
+            desk.driver.create_queue_pair().submit(read_of(buffer))
+            busy.wait_for(1)
+            desk.driver.admin_queue.submit(Command(AdminOpcode.FORMAT_NVM, 2, cdw10=1))
+            desk.begin_reset()
+            busy.gate.set()
+            desk.driver.enable()
+            desk.driver.create_queue_pair()
+            assert desk.driver.read(2, 0, 1) == bytes(BLOCK)
+
+
+def test_a_format_lasts_until_blocks_have_their_new_size() -> None:
+    """5.23: a command that came before would count in the old ones."""
+    storage = GatedStorage(shut=True)
+    with gated(storage) as desk:
+        namespace = desk.device.namespaces[1]
+        ticket = desk.driver.admin_queue.submit(Command(AdminOpcode.FORMAT_NVM, 1, cdw10=1))
+        storage.wait_for(1)
+        seen: list[tuple[bool, int]] = []
+
+        def ended_and_not_landed() -> None:
+            storage.gate.set()
+            desk.device.executor.workers.wait(TIMEOUT)
+            seen.append((namespace.formatting, namespace.block_size))
+
+        desk.in_device(ended_and_not_landed)
+        assert seen == [(True, 512)]
+        assert status_of(desk.driver, ticket) == "SUCCESS"
+        assert (namespace.formatting, namespace.block_size) == (False, 4096)
+
+
+# Keep alive (7.12)
+
+
+class TestKeepAlive:
+    """A controller that stands still hears nobody: it cannot say that the host is gone."""
+
+    @pytest.fixture
+    def desk(self) -> Iterator[Desk]:
+        with contextlib.closing(Desk(Nvme(size=1 << 20, serial="same"))) as desk:
+            desk.driver.set_feature(Feature.KEEP_ALIVE_TIMER, KEEP_ALIVE)
+            yield desk
+
+    @staticmethod
+    def _let_it_expire() -> None:
+        time.sleep(1.25 * KEEP_ALIVE / 1000)
+
+    def test_does_not_run_while_the_device_is_stopped(self, desk: Desk) -> None:
+        desk.guest.client.migration_set_state(DeviceState.STOP)
+        self._let_it_expire()
+        desk.guest.client.migration_set_state(DeviceState.RUNNING)
+        desk.driver.set_feature(Feature.KEEP_ALIVE_TIMER, 0)
+        assert desk.driver.status == ControllerStatus.RDY
+
+    def test_runs_again_afterwards(self, desk: Desk) -> None:
+        desk.guest.client.migration_set_state(DeviceState.STOP)
+        desk.guest.client.migration_set_state(DeviceState.RUNNING)
+        desk.driver.wait_status(ControllerStatus.CFS, ControllerStatus.CFS)
+
+    def test_is_not_that_of_a_host_before_a_reset(self, desk: Desk) -> None:
+        desk.guest.client.migration_set_state(DeviceState.STOP)
+        self._let_it_expire()
+        desk.guest.reset()
+        desk.driver.forget()
+        desk.bus_master(True)
+        desk.driver.enable()
+        desk.driver.create_queue_pair()
+        assert desk.driver.read(1, 0, 1) == bytes(BLOCK)
+        assert desk.driver.status == ControllerStatus.RDY
+
+    def test_is_what_the_stream_says_there_and_back(self, desk: Desk) -> None:
+        """The host sets no timer any more at B: A's, of before, does not run when it comes back."""
+        driver = desk.driver
+        with (
+            contextlib.closing(Nvme(size=1 << 20, serial="same")) as device,
+            FakeGuest(device, memory_size=2 << 20) as b,
+        ):
+            self._move(driver, desk.guest, b)
+            driver.set_feature(Feature.KEEP_ALIVE_TIMER, 0)
+            self._let_it_expire()
+            self._move(driver, b, desk.guest)
+            assert driver.get_feature(Feature.KEEP_ALIVE_TIMER) == 0
+            assert driver.status == ControllerStatus.RDY
+
+    @staticmethod
+    def _move(driver: NvmeDriver, here: FakeGuest, there: FakeGuest) -> None:
+        stream = here.save()
+        there.memory[:] = here.memory
+        there.load(stream)
+        driver.move(ClientRegisters(there.client), SharedMemory(there.memory))
+
+
+# Fused commands
+
+
+def test_a_pair_that_waits_for_places_asks_for_the_doorbell() -> None:
+    """4.10, 7.13: with shadow doorbells nobody rings for places that were not asked for."""
+    with contextlib.closing(Desk(Nvme(size=1 << 20))) as desk:
+        desk.listen(PciIrq.MSIX)
+        driver = desk.driver
+        queue = driver.create_queue_pair(64, completion_depth=16)
+        driver.enable_shadow_doorbells()
+        with driver.buffers.prp(BLOCK) as first, driver.buffers.prp(BLOCK) as second:
+            driver.execute(read_of(first))
+            reads = queue.submit_many([read_of(first)] * 14)
+            until(lambda: waits(desk, queue, 14))
+            pair = queue.submit_many(pair_of(first, second))
+            for _ in range(3):
+                desk.nudge()
+            assert [status_of(driver, ticket) for ticket in (*reads, *pair)] == ["SUCCESS"] * 16
+            driver.execute(read_of(first))
+
+
+def waits(desk: Desk, queue: QueuePair, count: int) -> bool:
+    """Whether that many completions stand in the queue that the driver has not taken; fewer than it has places."""
+    desk.nudge()
+    last = queue.cq.head + count - 1
+    phase = queue.cq.phase ^ (last >= queue.cq.size)
+    return desk.guest.memory[queue.cq.ring.address(last % queue.cq.size) + 14] & 1 == phase
+
+
+def test_a_pair_on_a_slow_storage_keeps_no_client_waiting() -> None:
+    """6.1.1: COMPARE AND WRITE is a job like any other, and alone at its namespace."""
+    storage = GatedStorage()
+    with gated(storage) as desk:
+        driver = desk.driver
+        driver.create_queue_pair()
+        storage.gate.clear()
+        with (
+            driver.buffers.prp(BLOCK) as expected,
+            driver.buffers.prp(BLOCK) as data,
+            driver.buffers.prp(BLOCK) as seen,
+        ):
+            data.write(b"n" * BLOCK)
+            pair = driver.first_queue.submit_many(pair_of(expected, data))
+            storage.wait_for(1)
+            behind = driver.first_queue.submit(read_of(seen))
+            assert driver.status == ControllerStatus.RDY
+            driver.keep_alive()
+            assert storage.calls == ["read"]
+            storage.gate.set()
+            assert [status_of(driver, ticket) for ticket in (*pair, behind)] == ["SUCCESS"] * 3
+            assert seen.read() == b"n" * BLOCK
+
+
+def test_many_commands_that_need_no_waiting_are_done_in_pieces() -> None:
+    """A client is served between them: it may have a time-out of its own."""
+
+    class Quick(GatedStorage):
+        def read_now(self, offset: int, views: object) -> bool:
+            self.calls.append("read_now")
+            time.sleep(0.001)
+            return True
+
+    storage = Quick()
+    with gated(storage) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
+        queue = desk.driver.create_queue_pair(1024)
+        desk.device.executor.held = True
+        queue.submit_many([read_of(buffer)] * 128)
+        desk.nudge()
+        desk.device.executor.held = False
+        desk.in_device(desk.device.executor.work)
+        assert len(storage.calls) < 128
+        queue.drain()
+        assert len(storage.calls) == 128
+
+
+# Standing still
+
+
+def test_nothing_is_under_way_once_all_stands_still() -> None:
+    """What lands meanwhile may begin something else: the flush of a shutdown."""
+    storage = GatedStorage(shut=True)
+    with gated(storage) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
+        desk.driver.create_queue_pair().submit(read_of(buffer))
+        storage.wait_for(1)
+        desk.configure(set=NORMAL_SHUTDOWN)
+        under_way: list[int] = []
+
+        def stand_still() -> None:
+            desk.device.quiesce()
+            under_way.append(len(desk.device.executor.workers))
+
+        wait = desk.post(stand_still)
+        storage.gate.set()
+        wait()
+        assert under_way == [0]
+        assert desk.driver.status & ControllerStatus.SHST == ControllerStatus.SHST_COMPLETE
+
+
+def test_a_shutdown_under_way_is_over_where_the_guest_comes_to() -> None:
+    storage = GatedStorage(shut=True)
+    with gated(storage, serial="same") as here, gated(GatedStorage(), serial="same") as there:
+        with here.driver.buffers.prp(BLOCK) as buffer:
+            here.driver.create_queue_pair().submit(read_of(buffer))
+            storage.wait_for(1)
+            here.configure(set=NORMAL_SHUTDOWN)
+            storage.gate.set()
+            stream = here.guest.save()
+        there.guest.memory[:] = here.guest.memory
+        there.guest.load(stream)
+        there.driver.wait_status(ControllerStatus.SHST, ControllerStatus.SHST_COMPLETE)
+
+
+# Namespaces that go
+
+
+def test_a_namespace_at_work_cannot_be_removed(impatient: None) -> None:
+    storage = GatedStorage(shut=True)
+    with gated(storage) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
+        ticket = desk.driver.create_queue_pair().submit(io(IoOpcode.WRITE, 1, 0, 1, buffer))
+        storage.wait_for(1)
+        with pytest.raises(OSError, match="still at the storage"):
+            desk.in_device(lambda: desk.device.remove_namespace(1))
+        assert (1 in desk.device.namespaces, storage.acquired, storage.closed) == (True, True, False)
+        storage.gate.set()
+        assert status_of(desk.driver, ticket) == "SUCCESS"
+        desk.in_device(lambda: desk.device.remove_namespace(1))
+        assert (1 in desk.device.namespaces, storage.acquired, storage.closed) == (False, False, True)
+
+
+def test_a_namespace_that_cannot_be_left_whole_goes_all_the_same() -> None:
+    """Whoever removes it is told, and the host, too."""
+
+    class Broken(GatedStorage):
+        def release(self) -> None:
+            raise OSError(errno.EIO, "the flush failed")
+
+    storage = Broken()
+    with gated(storage) as desk:
+        desk.driver.log_page(LogPage.CHANGED_NAMESPACES, 4096)
+        with pytest.raises(OSError, match="the flush failed"):
+            desk.in_device(lambda: desk.device.remove_namespace(1))
+        assert storage.closed
+        assert desk.driver.active_namespaces() == []
+        assert desk.driver.changed_namespaces() == [1]
+
+
+def test_no_such_namespace() -> None:
+    with gated(GatedStorage()) as desk, pytest.raises(KeyError):
+        desk.in_device(lambda: desk.device.remove_namespace(2))
+    assert ALL_NAMESPACES not in desk.device.namespaces
