@@ -34,6 +34,7 @@ RANDOM_NUMBERS = ("-cpu", "qemu64,+rdrand")
 GOOD = re.compile(
     r"""nvme\ nvme\d+: \ (
         pci\ function\ .* | \d+/0/0\ default/read/poll\ queues | rescanning\ namespaces\. | resetting\ controller
+        | D3\ entry\ latency\ set\ to\ \d+\ seconds
         | Ignoring\ bogus\ Namespace\ Identifiers  # QEMU's own has none
     )
     | \ nvme\d+n\d+: (\ p\d+)*
