@@ -303,7 +303,7 @@ def test_what_cannot_be_is_refused(running: Guest, case: str) -> None:
     assert content(device) == before
 
 
-@pytest.mark.parametrize("value", [-1, -(10**9), 1 << 63, 1 << 64])
+@pytest.mark.parametrize("value", [-1, 1 << 63])
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Health)])
 def test_health_is_counts(running: Guest, name: str, value: int) -> None:
     fields = saved(running.device)

@@ -127,9 +127,10 @@ class AdminCommands:
     def _delete_submissions(self, queue: SubmissionQueue, command: Command) -> Later:
         number = command.cdw10 & 0xFFFF
         check(number > 0 and number in self._executor.submissions, Status.INVALID_QUEUE_IDENTIFIER)
-        gone = self._executor.submissions.pop(number)
+        gone = self._executor.take_out(number)
 
         def deleted() -> None:
+            self._executor.leaving.discard(gone)
             gone.alive = False
             gone.completions.users -= 1
             self._executor.complete(queue, command.cid, 0)
@@ -197,6 +198,7 @@ class AdminCommands:
     def _set_features(self, queue: SubmissionQueue, command: Command) -> int | Later:
         feature = known_feature(command.cdw10 & 0xFF)
         check(not command.cdw10 & _SAVE, Status.FEATURE_NOT_SAVEABLE)
+        check(RULES[feature].per_namespace or command.nsid in (0, ALL_NAMESPACES), _NOT_OF_NAMESPACES)
         controller, features = self._controller, self._controller.features
         if feature is Feature.TIMESTAMP:
             controller.set_timestamp(int.from_bytes(self._data(command, _TIMESTAMP_SIZE).read()[:6], "little"))
@@ -210,7 +212,6 @@ class AdminCommands:
             return granted
         if feature is Feature.INTERRUPT_VECTOR_CONFIGURATION:
             check(command.cdw11 & 0xFFFF < controller.interrupt_vectors)
-        check(RULES[feature].per_namespace or command.nsid in (0, ALL_NAMESPACES), _NOT_OF_NAMESPACES)
         features.set(feature, command.cdw11)
         controller.follow_feature(feature)
         if feature is Feature.VOLATILE_WRITE_CACHE and not features.get(feature):

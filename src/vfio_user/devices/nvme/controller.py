@@ -144,7 +144,7 @@ class Nvme(Device):
         super().__init__(**options)
         self.max_queue_size = MAX_QUEUE_SIZE
         self.interrupt_vectors = self.msix_vectors
-        self.features = Features()
+        self.features = Features(self.queues)
         self.logs = Logs()
         self.executor = Executor(self, Workers(self.threads, lambda: self.post(self.executor.land)))
         self.events = AsyncEvents(self.executor.answer)
@@ -381,14 +381,16 @@ class Nvme(Device):
         return True
 
     def _release(self) -> None:
-        for namespace in self.namespaces.values():
+        for namespace in tuple(self.namespaces.values()):  # a worker does this, and one may be added meanwhile
             try:
                 namespace.storage.release()
             except OSError as error:
                 logger.error("%s: what was written is not safe: %s", namespace.storage.name, error)
 
     def _abandoned(self) -> None:
-        if self.executor.enabled and self.keep_alive.overdue:
+        if not self.keep_alive.overdue:
+            self.keep_alive.watch()  # there was a word from the host just in time
+        elif self.executor.enabled:
             self.fatal("the host did not keep it alive")
 
     def on_reset(self) -> None:

@@ -75,6 +75,8 @@ class Executor:
         self._when: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self._told: dict[CompletionQueue, None] = {}
         self._working = False
+        self.leaving: set[SubmissionQueue] = set()
+        """Queues that are being deleted, and whose last commands are under way."""
         self._alone = False  # two fused commands are under way, and no others may be
         self.submissions: dict[int, SubmissionQueue] = {}
         self.completions: dict[int, CompletionQueue] = {}
@@ -178,6 +180,8 @@ class Executor:
         if queue.completions.room < FUSED:
             return False
         try:
+            if first.cid == second.cid or not queue.busy.keys().isdisjoint((first.cid, second.cid)):
+                raise CommandError(Status.COMMAND_ID_CONFLICT)
             work = self._fused(first, second)
         except Exception as error:
             self._fetched(queue)
@@ -377,14 +381,21 @@ class Executor:
     def clear(self) -> None:
         """Forget all queues: a reset. What is under way elsewhere ends without a completion."""
         self.enabled = False
-        submissions, self.submissions, self.completions = self.submissions, {}, {}
-        for queue in submissions.values():
+        queues = [*self.submissions.values(), *self.leaving]
+        self.submissions, self.completions, self.leaving = {}, {}, set()
+        for queue in queues:
             queue.alive = False
             for cid in list(queue.busy):
                 self.abort(queue, cid)  # what no worker has begun never will be
         self.doorbells = None
         self._told.clear()
         self._when.clear()
+
+    def take_out(self, number: int) -> SubmissionQueue:
+        """Fetch no more from a submission queue, which is ``leaving`` until its last command has ended."""
+        queue = self.submissions.pop(number)
+        self.leaving.add(queue)
+        return queue
 
     def forget_windows(self) -> None:
         """The guest's memory is laid out anew."""

@@ -72,13 +72,20 @@ NAMESPACE_NOTICES = 1 << 8
 class Features:
     """The values of the features: ``values`` has those that were set, by feature and selector."""
 
-    def __init__(self) -> None:
+    def __init__(self, queues: int) -> None:
+        """``queues``: I/O queue pairs that there may be, as long as the host has not asked for a number."""
         self.values: dict[tuple[int, int], int] = {}
+        self._most_queues = (queues - 1) * 0x1_0001
 
     def get(self, feature: Feature, selector: int = 0) -> int:
         """The current value, as dword 0 of a completion has it."""
+        return self.values.get((feature, selector), self._default(feature, selector))
+
+    def _default(self, feature: Feature, selector: int) -> int:
+        if feature is Feature.NUMBER_OF_QUEUES:
+            return self._most_queues
         rule = RULES[feature]
-        return self.values.get((feature, selector), rule.defaults.get(selector, rule.default))
+        return rule.defaults.get(selector, rule.default)
 
     def set(self, feature: Feature, dword: int) -> None:
         """Set what dword 11 of the command says. Raises CommandError for a value that it cannot have."""
@@ -94,8 +101,7 @@ class Features:
         which = dword & rule.selector
         if select == CAPABILITIES:
             return rule.capabilities
-        value = self.get(feature, which) if select == CURRENT else rule.defaults.get(which, rule.default)
-        return value | which
+        return (self.get(feature, which) if select == CURRENT else self._default(feature, which)) | which
 
     def reset(self) -> None:
         self.values.clear()

@@ -34,6 +34,12 @@ class KeepAlive:
         """The host is there."""
         self._deadline = time.monotonic() + self._seconds
 
+    def watch(self) -> None:
+        """Look again when it is due, after ``expired`` has found that the host is there."""
+        with self._lock:
+            if self._timer is not None:
+                self._arm(max(0.0, self._deadline - time.monotonic()))
+
     def stop(self) -> None:
         """Wait no longer, until :meth:`set`."""
         with self._lock:
