@@ -656,7 +656,7 @@ class TestLogs:
         def grown(at: int) -> int:
             return int.from_bytes(after[at : at + 16], "little") - int.from_bytes(before[at : at + 16], "little")
 
-        assert [grown(at) for at in (32, 48)] in ([2, 2], [3, 3])
+        assert {grown(at) for at in (32, 48)} <= {2, 3}
         assert grown(64) >= 1
         assert grown(80) >= 1
 

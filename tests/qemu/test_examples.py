@@ -14,7 +14,7 @@ import pytest
 from vfio_user.testing.linux import Guest
 
 ROOT = Path(__file__).parent.parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if not path.name.startswith("test_"))
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
 

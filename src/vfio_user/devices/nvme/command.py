@@ -5,7 +5,7 @@ from __future__ import annotations
 from struct import Struct
 from typing import NamedTuple
 
-from vfio_user.devices.nvme.constants import SQE_SIZE, Status
+from vfio_user.devices.nvme.constants import SQE_SIZE, AdminOpcode, IoOpcode, Status
 
 ENTRY = Struct("<BBHIQQQQ6I")
 """A submission queue entry (4.2, figure 105)."""
@@ -39,6 +39,11 @@ class Command(NamedTuple):
     @property
     def fuse(self) -> int:
         return self.flags & FUSE_MASK
+
+    def name_in(self, queue: int) -> str:
+        """What the specification calls the command, in a queue of that number; 0 is the admin queue."""
+        opcodes = IoOpcode if queue else AdminOpcode
+        return opcodes(self.opcode).name if self.opcode in [*opcodes] else f"opcode {self.opcode:#04x}"
 
     @property
     def sgl(self) -> int:

@@ -278,6 +278,8 @@ class Nvme(Device):
 
     def _work(self) -> None:
         self.executor.work()
+        if self.irq.asserted:  # the host may have said in memory alone that it took what there was
+            self._set_pin()
         self.events.deliver()  # there may be room for a completion now
         self.executor.send_interrupts()
 
@@ -410,6 +412,7 @@ class Nvme(Device):
 
     def failed(self, queue: SubmissionQueue, command: Command, status: int) -> None:
         self.logs.add_error(queue.number, command, status)
+        logger.debug("%s in queue %d: %s", command.name_in(queue.number), queue.number, Status(status & 0x7FF).name)
         if status & 0x7FF in (Status.WRITE_FAULT, Status.UNRECOVERED_READ_ERROR):
             self.logs.health.media_errors += 1
 
