@@ -150,8 +150,8 @@ class Status(IntEnum):
     ACCESS_DENIED = 0x286
 
 
-STATUS_MORE, STATUS_DO_NOT_RETRY = 1 << 13, 1 << 14
-"""Bits of the status field (4.6.1), as it is counted here: without the phase tag below it."""
+STATUS_DO_NOT_RETRY = 1 << 14
+"""Bit of the status field (4.6.1), as it is counted here: without the phase tag below it."""
 
 
 class Feature(IntEnum):

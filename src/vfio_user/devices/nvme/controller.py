@@ -351,6 +351,8 @@ class Nvme(Device):
             return 0
 
         def released(result: int, error: BaseException | None) -> None:
+            if error is not None:
+                logger.error("the storage is not let go of", exc_info=error)
             self.csts &= ~ControllerStatus.RDY
 
         def start() -> None:

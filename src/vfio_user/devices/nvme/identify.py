@@ -25,8 +25,6 @@ ABORTS = 4
 """Aborts that may be under way."""
 COMPARE_WRITE_BLOCKS = 128
 """Blocks that a fused compare and write has at most: it is done at one go."""
-MAX_RANGES = 256
-"""Ranges of one DATASET MANAGEMENT."""
 
 ONCS_COMPARE, ONCS_DATASET, ONCS_ZEROES, ONCS_TIMESTAMP, ONCS_VERIFY = 1 << 0, 1 << 2, 1 << 3, 1 << 6, 1 << 7
 OACS_FORMAT, OACS_DOORBELLS = 1 << 1, 1 << 8
