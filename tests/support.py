@@ -206,8 +206,8 @@ class RecordingBackend(ServerBackend):
     """A device with every kind of region that takes whatever it is asked, and writes it down.
 
     ``calls`` are tuples that begin with the hook's name. ``fail`` has exceptions that hooks of these names raise,
-    ``act`` functions that run inside them. ``quiescing`` is what quiesce() returns. Descriptors that came are in
-    ``fds``, and closed by :meth:`close`.
+    ``act`` functions that run inside them. ``quiescing`` is what quiesce() returns, ``looked`` what
+    looks for work. Descriptors that came are in ``fds``, and closed by :meth:`close`.
     """
 
     resettable = True
@@ -217,6 +217,7 @@ class RecordingBackend(ServerBackend):
         self.fail: dict[str, Exception] = {}
         self.act: dict[str, Callable[[], None]] = {}
         self.quiescing: Quiescing | None = None
+        self.looked: Callable[[bool], bool] = lambda last: False
         self.link: Link | None = None
         self.fds: list[OwnedFd] = []
         self.memory = bytearray(0x1000)
@@ -268,6 +269,9 @@ class RecordingBackend(ServerBackend):
     def disconnected(self) -> None:
         self.link = None
         self.record("disconnected")
+
+    def look_for_work(self, last: bool) -> bool:
+        return self.looked(last)
 
     def region_read(self, region: int, offset: int, data: memoryview) -> None:
         self.record("region_read", region, offset, len(data))

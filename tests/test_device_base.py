@@ -401,6 +401,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 class Watcher:
     """A link that only knows what it was asked to watch."""
 
+    spin = 0.0
+
     def __init__(self) -> None:
         self.watches: dict[int, Callable[[], None]] = {}
 

@@ -156,6 +156,8 @@ def test_a_ring_before_the_stop_is_in_the_stream(device: Queues, client: Client)
 class Unpolled:
     """A link whose server sees to no descriptor and does no deferred work: what happens, the device does by itself."""
 
+    spin = 0.0
+
     def __init__(self) -> None:
         self.deferred: list[Callable[[], None]] = []
 

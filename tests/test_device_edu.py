@@ -250,6 +250,8 @@ def test_dma_addresses_are_cut_by_the_mask() -> None:
 class Frozen:
     """A link that keeps deferred work until it is told to do it: the device is busy meanwhile."""
 
+    spin = 0.0
+
     def __init__(self) -> None:
         self.work: list[Callable[[], None]] = []
 

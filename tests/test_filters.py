@@ -51,6 +51,7 @@ class Probe(ServerBackend):
     regions = (Region(7), Region(8))
     irqs = (Irq(3),)
     resettable = True
+    spin = 1e-3
     dma = GuestMemory()
     vendor_id = 0x1234
 
@@ -199,7 +200,7 @@ def test_a_filter_may_override_a_hook() -> None:
 
 
 def test_what_the_server_asks_for_itself_is_no_command() -> None:
-    asked = {"connected", "disconnected", "quiesce", "migration_flags", "migration_get_state"}
+    asked = {"connected", "disconnected", "quiesce", "look_for_work", "migration_flags", "migration_get_state"}
     assert asked == HOOKS.keys() - COMMAND_HOOKS.keys()
 
 

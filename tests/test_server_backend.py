@@ -41,7 +41,7 @@ def test_a_default_refuses(hook: str) -> None:
 
 
 def test_there_is_a_default_for_every_hook() -> None:
-    others = {"connected", "disconnected", "quiesce", "region_view", "migration_view"}
+    others = {"connected", "disconnected", "quiesce", "look_for_work", "region_view", "migration_view"}
     hooks = {name for name, value in vars(ServerBackend).items() if callable(value) and not name.startswith("_")}
     assert hooks == set(DEFAULTS) | others
     assert ServerBackend().quiesce() is None

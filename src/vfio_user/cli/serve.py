@@ -82,9 +82,9 @@ def _so_far(arguments: Sequence[str]) -> list[str]:
 @click.option(
     "--spin",
     metavar="US",
-    default=0,
     type=click.IntRange(min=0),
-    help="Microseconds to look for the next message before sleeping: lower latency for a busy core.",
+    help="Microseconds to look for the next message before sleeping: lower latency for a busy core. By default what "
+    "the device asks for.",
 )
 @click.option(
     "--config", metavar="FILE", type=click.Path(exists=True, dir_okay=False), help="Serve the devices of a TOML file."
@@ -143,7 +143,7 @@ def _spec(part: dict[str, Any], origin: str) -> DeviceSpec:
         fd=part["fd"],
         options=parse_pairs(part["options"]),
         filters=part["filters"],
-        spin=part["spin"] * MICROSECOND,
+        spin=None if part["spin"] is None else part["spin"] * MICROSECOND,
         origin=origin,
         control=None if part["control"] is None else Path(part["control"]),
     )

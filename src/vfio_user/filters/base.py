@@ -46,6 +46,7 @@ _ROWS = (
     Hook("connected"),
     Hook("disconnected"),
     Hook("quiesce"),
+    Hook("look_for_work"),
     Hook("migration_flags"),
     Hook("migration_get_state"),
     Hook("region_read", Command.REGION_READ, _length_of(2), "region_view", on_region=True),
@@ -115,6 +116,7 @@ class Filter(ServerBackend):
     regions = live(attrgetter("backend.regions"), "The wrapped backend's.")
     irqs = live(attrgetter("backend.irqs"), "The wrapped backend's.")
     resettable = live(attrgetter("backend.resettable"), "The wrapped backend's.")
+    spin = live(attrgetter("backend.spin"), "The wrapped backend's.")
     dma = live(attrgetter("backend.dma"), "The wrapped backend's.")
 
     def __init__(self, backend: ServerBackend) -> None:

@@ -29,7 +29,7 @@ class Server:
         *,
         sock: socket.socket | None = None,
         fd: int | None = None,
-        spin: float = 0.0,
+        spin: float | None = None,
         max_data_xfer_size: int = Limits().data_xfer_size,
         max_dma_maps: int = Limits().dma_maps,
         dma_timeout: float = DMA_TIMEOUT,

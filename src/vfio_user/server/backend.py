@@ -125,6 +125,10 @@ class Link(Protocol):
     def unwatch(self, fd: int) -> None:
         """End a :meth:`watch`; nothing happens if there is none."""
 
+    @property
+    def spin(self) -> float:
+        """Seconds that the server looks around, :meth:`ServerBackend.look_for_work`, before it sleeps; or 0."""
+
 
 class ServerBackend:
     """The hooks of a device server. Override what the device supports: every default refuses cleanly.
@@ -140,6 +144,8 @@ class ServerBackend:
     irqs: Sequence[Irq] = ()
     """Index is position; 5 of them for a PCI device, see wire.constants.PciIrq."""
     resettable: bool = False
+    spin: float = 0.0
+    """Seconds that a server looks for messages before it sleeps, unless it is told otherwise."""
     dma: GuestMemory | None = None
     """The client's memory as the device reaches it, and the log of what it wrote: what a control socket pushes."""
 
@@ -151,6 +157,14 @@ class ServerBackend:
 
     def disconnected(self) -> None:
         """The client left. Its DMA regions were unmapped and its interrupts disabled before, hook by hook."""
+
+    def look_for_work(self, last: bool) -> bool:
+        """Do what waits in the client's memory without a word to the server; whether there was something.
+
+        A server that spins calls it over and over before it sleeps, so it should be quick. ``last``: the server
+        sleeps next, unless there was something: from then on the client has to say when there is.
+        """
+        return False
 
     def region_read(self, region: int, offset: int, data: memoryview) -> None:
         """Fill ``data`` (1 byte to max_data_xfer_size) from ``offset`` of a region."""

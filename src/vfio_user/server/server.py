@@ -24,10 +24,10 @@ class Server:
 
     Give it one of ``path`` (a socket is made there: a stale one is replaced, a live one is not), ``sock`` or ``fd``
     (a listening socket, or one that is connected already: then serving ends with that client). ``spin``: seconds to
-    look for the next message before sleeping, which saves the wake-up on a machine with cores to spare; a few tens of
-    microseconds. ``max_data_xfer_size`` in bytes, ``max_dma_maps`` regions, ``dma_timeout`` in seconds for the
-    client's answer to a DMA request. ``control``: a socket is made there, as at ``path`` but with mode 0600, for those
-    who manage the device while a client uses it (docs/control.md).
+    look for the next message before sleeping, which saves the wake-up on a machine with cores to spare: a few tens of
+    microseconds; by default what the backend asks for. ``max_data_xfer_size`` in bytes, ``max_dma_maps`` regions,
+    ``dma_timeout`` in seconds for the client's answer to a DMA request. ``control``: a socket is made there, as at
+    ``path`` but with mode 0600, for those who manage the device while a client uses it (docs/control.md).
 
     Use :meth:`serve_forever`, or put :meth:`fileno` into an event loop of your own and call :meth:`poll` whenever it
     is readable. Raises OSError when the socket cannot be made: EADDRINUSE if another server is alive at ``path``.
@@ -40,7 +40,7 @@ class Server:
         *,
         sock: socket.socket | None = None,
         fd: int | None = None,
-        spin: float = 0.0,
+        spin: float | None = None,
         max_data_xfer_size: int = Limits().data_xfer_size,
         max_dma_maps: int = Limits().dma_maps,
         dma_timeout: float = DMA_TIMEOUT,
@@ -50,7 +50,7 @@ class Server:
             raise ValueError("Server takes one of path, sock and fd")
         self.backend = backend
         self._limits = Limits(max_data_xfer_size, max_dma_maps)
-        self._spin = spin
+        self._spin = backend.spin if spin is None else spin
         self._dma_timeout = dma_timeout
         self._listener: socket.socket | None = None
         self._connected: socket.socket | None = None

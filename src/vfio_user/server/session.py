@@ -139,10 +139,12 @@ class Session:
             self._poll_watches(0)
             while self._parked is None or self._resume():
                 handled += self._process()
-                self._channel.receive(_DONTWAIT)
+                try:
+                    self._channel.receive(_DONTWAIT)
+                except BlockingIOError:
+                    if not (self._spin and self._look_for_work(last=True)):
+                        break
                 handled += self._process()
-            return handled
-        except BlockingIOError:
             return handled
         except ConnectionClosedError as error:
             logger.debug("%s", error)
@@ -179,24 +181,51 @@ class Session:
         return True
 
     def _wait(self) -> list[tuple[int, int]]:
-        """The descriptors that are ready, as soon as one is."""
-        if self._spin:
-            until = time.perf_counter() + self._spin
-            while time.perf_counter() < until:
-                if ready := self._epoll.poll(0):
-                    return ready
-        return self._epoll.poll()
+        """The descriptors that are ready, as soon as one is; none where the device found work meanwhile."""
+        poll = self._epoll.poll
+        for worked in self._looks():
+            if worked:
+                return []
+            if ready := poll(0):
+                return ready
+        return poll()
 
     def _spin_and_receive(self, flags: int) -> bool:
-        """Adaptive poll: look for the next bytes for a while before sleeping."""
-        now, receive = time.perf_counter, self._channel.receive
-        until = now() + self._spin
-        while now() < until:
+        """Look for the next bytes for a while before sleeping. True also where the device found work meanwhile."""
+        receive = self._channel.receive
+        for worked in self._looks():
+            if worked:
+                return True
             try:
                 return receive(_DONTWAIT)
             except BlockingIOError:
                 continue
         return receive(flags)
+
+    def _looks(self) -> Iterator[bool]:
+        """One for each look around before the server sleeps, none where it does not spin.
+
+        True: the device found work. If it asked for DMA, commands may have come meanwhile: see to them, then wait anew.
+        """
+        until = time.perf_counter() + self._spin
+        last = not self._spin
+        while not last:
+            yield False
+            last = time.perf_counter() >= until
+            if self._look_for_work(last):
+                yield True
+
+    def _look_for_work(self, last: bool) -> bool:
+        try:
+            return self._backend.look_for_work(last)
+        except (ConnectionClosedError, FramingError):
+            raise
+        except Exception:
+            logger.exception("the device failed in look_for_work()")
+            return False
+        finally:
+            if self._deferred:
+                self._work()
 
     def _poll_watches(self, timeout: float) -> bool:
         """Wait for any descriptor and serve those that the backend watches. True if the client's is ready."""
@@ -406,6 +435,11 @@ class Session:
         poll.register(self._channel.fileno(), select.POLLRDHUP)
         if poll.poll(0):
             raise ConnectionClosedError("the peer closed while a command waited for DMA to stop")
+
+    @property
+    def spin(self) -> float:
+        """Seconds that the server looks around before it sleeps."""
+        return self._spin
 
     # What a control socket may ask
 

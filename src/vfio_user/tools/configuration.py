@@ -78,7 +78,7 @@ def _read_table(table: object, folder: Path, origin: str) -> DeviceSpec:
         socket_path=None if path is None else folder / path,
         options={key: _text(key, value, origin) for key, value in table.get("options", {}).items()},
         filters=tuple(table.get("filters", ())),
-        spin=table.get("spin", 0) * MICROSECOND,
+        spin=table["spin"] * MICROSECOND if "spin" in table else None,
         origin=origin,
         control=None if control is None else folder / control,
     )

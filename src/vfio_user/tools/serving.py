@@ -58,7 +58,7 @@ class DeviceSpec:
     fd: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     filters: tuple[str, ...] = ()
-    spin: float = 0.0
+    spin: float | None = None
     origin: str = ""
     control: Path | None = None
 

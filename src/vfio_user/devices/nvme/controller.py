@@ -44,6 +44,7 @@ from vfio_user.devices.nvme.workers import Workers
 from vfio_user.fds import OwnedFd
 from vfio_user.migration.states import RUNNING_STATES
 from vfio_user.pci import PcieEndpoint, PowerManagement
+from vfio_user.server.backend import Link
 from vfio_user.wire.constants import DeviceState, MigrationFlags
 
 logger = logging.getLogger("vfio_user.devices.nvme")
@@ -98,6 +99,7 @@ class Nvme(Device):
     msi_vectors = 32
     workers = True
     migration = MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY
+    spin = 100e-6
 
     path = option(
         MEMORY,
@@ -276,8 +278,18 @@ class Nvme(Device):
         if to_do:
             self.defer(self._work)
 
+    def look_for_work(self, last: bool) -> bool:
+        """Shadow doorbells, which the host need not ring then."""
+        worked = self.executor.look(last)
+        if worked:
+            self._after_work()
+        return worked
+
     def _work(self) -> None:
         self.executor.work()
+        self._after_work()
+
+    def _after_work(self) -> None:
         if self.irq.asserted:  # the host may have said in memory alone that it took what there was
             self._set_pin()
         self.events.deliver()  # there may be room for a completion now
@@ -489,6 +501,10 @@ class Nvme(Device):
         for namespace in tuple(self.namespaces.values()):
             namespace.storage.flush()
         return 0
+
+    def connected(self, link: Link) -> None:
+        super().connected(link)
+        self.executor.watched = link.spin > 0
 
     # DMA, migration
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 from vfio_user.dma.memory import GuestMemory
@@ -10,6 +11,8 @@ STRIDE = 8
 """Bytes of the two doorbells of a queue pair: the submission queue's tail, the completion queue's head."""
 HEAD = 4
 """Where the completion queue's head is in there."""
+BUFFER = 4096
+"""Bytes of each of the two buffers that are looked at: a page, of the smallest size (5.8)."""
 
 
 class DoorbellBuffers:
@@ -24,9 +27,25 @@ class DoorbellBuffers:
         self.shadow = shadow
         self.events = events
         self._fence = threading.Lock()
+        self._mapped: memoryview | None = None
+
+    @property
+    def mapped(self) -> memoryview | None:
+        """The doorbells themselves, number by number; None where they can be had by messages only."""
+        if self._mapped is None and sys.byteorder == "little":
+            window = self._memory.window(self.shadow, BUFFER)
+            self._mapped = None if window is None else window.cast("I")
+        return self._mapped
+
+    def forget_windows(self) -> None:
+        """The guest's memory is laid out anew: what was looked up is not to be used any more."""
+        self._mapped = None
 
     def read(self, offset: int) -> int:
         """The doorbell at ``offset``. Raises OSError."""
+        mapped = self._mapped or self.mapped
+        if mapped is not None:
+            return mapped[offset >> 2]
         return int.from_bytes(self._memory.read(self.shadow + offset, 4), "little")
 
     def write(self, offset: int, value: int) -> None:

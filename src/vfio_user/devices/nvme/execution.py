@@ -88,6 +88,8 @@ class Executor:
         self.burst = MAX_BURST
         self.enabled = False
         """Whether there is a host that may have commands carried out."""
+        self.watched = False
+        """Whether :meth:`look` is called again and again before anyone sleeps."""
         self.held = False
         """Whether nothing new is to be begun all the same: a migration has the device stand still."""
 
@@ -97,16 +99,18 @@ class Executor:
 
     # Fetching
 
-    def work(self) -> None:
-        """Carry out what waits in the queues, as long as there is something and it may be done."""
+    def work(self) -> bool:
+        """Carry out what waits in the queues, as long as there is something and it may be done; whether there was."""
         if self._working:  # DMA by messages serves the client meanwhile, who rings
-            return
+            return False
         self._working = True
+        worked = False
         try:
             until = time.monotonic() + MAX_SECONDS
             while time.monotonic() < until:
                 if not self.enabled or self.held or not self._serve_all(until):
-                    return
+                    return worked
+                worked = True
             self._controller.come_back()
         except OSError as error:
             self._controller.fatal(f"the memory of a submission queue or of doorbells is gone: {error}")
@@ -114,6 +118,26 @@ class Executor:
             self._working = False
             self.send_interrupts()
             self._settle()
+        return True
+
+    def look(self, last: bool) -> bool:
+        """Carry out what the host wrote doorbells into memory for; whether there was something.
+
+        ``last``: nobody looks again for a while, and the host has to ring.
+        """
+        doorbells = self.doorbells
+        if doorbells is None or not self._watches(doorbells) or not self.enabled or self.held:
+            return False
+        rung = False
+        try:
+            for number, queue in self.submissions.items():
+                if number:
+                    tail = tail_of(number)
+                    rung |= (doorbells.look_on(tail, queue.tail) if last else doorbells.read(tail)) != queue.tail
+        except OSError as error:
+            self._controller.fatal(f"the memory of doorbells is gone: {error}")
+            return False
+        return rung and self.work()
 
     def _serve_all(self, until: float) -> bool:
         """A burst of every queue in turn (4.13, round robin). False: there is nothing to be done now."""
@@ -249,16 +273,20 @@ class Executor:
         self.doorbells = doorbells
 
     def _look_at(self, queue: SubmissionQueue, doorbells: DoorbellBuffers) -> None:
-        """How far the host has come with a queue pair; it is to ring for more where there is nothing to do now."""
+        """How far the host has come with a queue pair; where there is nothing to do now, it is to ring for more."""
         tail = tail_of(queue.number)
         queue.take_tail(doorbells.read(tail))
-        if not queue.waiting:
+        if not queue.waiting and not self._watches(doorbells):
             queue.take_tail(doorbells.look_on(tail, queue.tail))
         completions = queue.completions
         head = head_of(completions.number)
         completions.take_head(doorbells.read(head))
         if self.pin or (queue.waiting and completions.room < FUSED):
             completions.take_head(doorbells.look_on(head, completions.head))
+
+    def _watches(self, doorbells: DoorbellBuffers) -> bool:
+        """Whether :meth:`look` sees what the host writes there, so that it need not ring."""
+        return self.watched and doorbells.mapped is not None
 
     # Completing
 
@@ -403,6 +431,8 @@ class Executor:
         rings += [queue.ring for queue in self.completions.values()]
         for ring in rings:
             ring.forget_windows()
+        if self.doorbells is not None:
+            self.doorbells.forget_windows()
 
 
 _WRITING = frozenset({IoOpcode.WRITE, IoOpcode.WRITE_ZEROES, IoOpcode.DATASET_MANAGEMENT, IoOpcode.FLUSH})
