@@ -2,100 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from mmap import mmap
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfio_user.devices.nvme import Nvme
-from vfio_user.devices.nvme.constants import IoOpcode
-from vfio_user.fds import OwnedFd
-from vfio_user.testing.nvme import Command, NvmeDriver, SharedMemory
-from vfio_user.testing.nvme.queues import QueuePair
-from vfio_user.wire.constants import PciRegion
-
-from .nvme_gate_support import BUS_MASTER, PCI_COMMAND, DirectRegisters
+from .nvme_table_support import DEPTH, Spinning, Table, table
 
 pytestmark = pytest.mark.timeout(60)
 
-MEMORY = 1 << 20
-READ_WRITE = 3
-ADVICE = Command(IoOpcode.DATASET_MANAGEMENT, 1)
-"""It asks for nothing, and no worker is needed for it."""
 BAD = 0x7FFF
 """No tail of any queue."""
-DEPTH = 16
-
-
-class Spinning:
-    """The link of a server that spins; what is deferred is done at once."""
-
-    spin = 1e-4
-
-    def defer(self, work: Callable[[], None]) -> None:
-        work()
-
-    def watch(self, fd: int, ready: Callable[[], None]) -> None: ...
-
-    def unwatch(self, fd: int) -> None: ...
-
-    def dma_read(self, address: int, buffer: memoryview) -> None:
-        raise AssertionError("there is no memory that is reached by messages")
-
-    def dma_write(self, address: int, data: memoryview) -> None:
-        raise AssertionError("there is no memory that is reached by messages")
-
-
-@dataclass
-class Table:
-    """A controller, looked at by who calls ``device.look_for_work``, and a driver with one queue pair."""
-
-    device: Nvme
-    driver: NvmeDriver
-    queue: QueuePair
-    file: OwnedFd
-
-    @property
-    def rung(self) -> int:
-        """Doorbell writes of the queue pair."""
-        return self.queue.sq.doorbell.rung
-
-    def submit(self) -> bool:
-        """One more command; whether its doorbell was rung."""
-        before = self.rung
-        self.queue.submit(ADVICE)
-        return self.rung > before
-
-    def look(self, *, last: bool = False) -> tuple[bool, int]:
-        """What a look says, and how many completions there are after it."""
-        return self.device.look_for_work(last), len(self.queue.reap())
-
-    def unmap(self) -> None:
-        self.device.dma_unmap(0, 0, MEMORY)
-
-    def map(self) -> None:
-        self.device.dma_map(READ_WRITE, 0, 0, MEMORY, OwnedFd(os.dup(self.file.fileno())))
-
-
-@contextlib.contextmanager
-def table(link: Spinning) -> Iterator[Table]:
-    with contextlib.closing(Nvme(size=1 << 16)) as device, OwnedFd(os.memfd_create("guest")) as file:
-        os.ftruncate(file.fileno(), MEMORY)
-        with mmap(file.fileno(), MEMORY) as memory, memoryview(memory) as view:
-            device.connected(link)
-            device.region_write(PciRegion.CONFIG, PCI_COMMAND, memoryview(BUS_MASTER.to_bytes(2, "little")))
-            device.dma_map(READ_WRITE, 0, 0, MEMORY, OwnedFd(os.dup(file.fileno())))
-            driver = NvmeDriver(DirectRegisters(device), SharedMemory(view))
-            driver.enable()
-            queue = driver.create_queue_pair(DEPTH)
-            driver.enable_shadow_doorbells()
-            yield Table(device, driver, queue, file)
-            device.disconnected()
 
 
 @pytest.fixture

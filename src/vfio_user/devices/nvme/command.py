@@ -11,6 +11,9 @@ ENTRY = Struct("<BBHIQQQQ6I")
 """A submission queue entry (4.2, figure 105)."""
 assert ENTRY.size == SQE_SIZE
 
+Entry = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int]
+"""A submission queue entry as it is unpacked: the fields of a :class:`Command`."""
+
 FUSED_FIRST, FUSED_SECOND, FUSE_MASK = 1, 2, 3
 SGL_SHIFT = 6
 

@@ -153,7 +153,7 @@ class Nvme(Device):
         self.keep_alive = KeepAlive(lambda: self.post(self._abandoned))
         self.io = IoCommands(self.executor, self.dma, self.namespaces, self.features, self.logs.health)
         self._admin = AdminCommands(self)
-        self.executor.handle(self._admin.handlers, self.io.handlers, self.io.compare_and_write)
+        self.executor.handle(self._admin.handlers, self.io.handlers, self.io.compare_and_write, self.io.together)
         self._meter: Meter | None = None
         self._timestamp, self._set_at = 0, time.monotonic()
         self._stopped_at: float | None = None

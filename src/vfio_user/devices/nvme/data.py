@@ -39,7 +39,8 @@ def data_ranges(memory: GuestMemory, command: Command, length: int, page_size: i
 def prp_ranges(memory: GuestMemory, prp1: int, prp2: int, length: int, page_size: int) -> Ranges:
     """What two PRP entries, or a list that the second points at, describe. Raises CommandError."""
     first = page_size - (prp1 & page_size - 1)
-    check(not prp1 & 3, Status.PRP_OFFSET_INVALID)
+    if prp1 & 3:
+        raise CommandError(Status.PRP_OFFSET_INVALID)
     if length <= first:
         return [(prp1, length)]
     after, count = prp1 + first, -(-(length - first) // page_size)
@@ -82,7 +83,10 @@ def prp_entries(memory: GuestMemory, pointer: int, count: int, page_size: int) -
     The last entry of a page of the list points to the next one, which begins at a page's start: so a list that comes
     back to itself still ends.
     """
-    check(not pointer & 7, Status.PRP_OFFSET_INVALID)
+    if pointer & 7:
+        raise CommandError(Status.PRP_OFFSET_INVALID)
+    if 8 * count <= page_size - (pointer & page_size - 1):  # the hot path
+        return memory_of(memory, pointer, 8 * count)
     entries = b""
     while True:
         room, missing = page_size - (pointer & page_size - 1), 8 * count - len(entries)
@@ -154,6 +158,35 @@ def memory_of(memory: GuestMemory, address: int, size: int) -> bytes:
         raise CommandError(Status.DATA_TRANSFER_ERROR) from error
 
 
+def views_of(memory: GuestMemory, ranges: Ranges, write: bool) -> list[memoryview] | None:
+    """The memory that ``ranges`` name, piece by piece; None where some of it cannot be had so."""
+    window = memory.window
+    if len(ranges) == 1:  # the hot path
+        address, length = ranges[0]
+        view = window(address, length, write)
+        return None if view is None else [view]
+    # Most often, one region of the guest's memory has them all. (Not where there is a bit bucket: it is nowhere.)
+    low, high = min(ranges)[0], max(map(sum, ranges))
+    if (whole := window(low, high - low, write)) is not None:
+        return [whole[address - low : address - low + length] for address, length in ranges]
+    views = []
+    for address, length in ranges:
+        part = memoryview(bytearray(length)) if address == BIT_BUCKET else window(address, length, write)
+        if part is None:
+            return None
+        views.append(part)
+    return views
+
+
+def log_written(memory: GuestMemory, ranges: Ranges) -> None:
+    """Somebody wrote all that ``ranges`` name through :func:`views_of`."""
+    log = memory.log
+    if log.active:
+        for address, length in ranges:
+            if address != BIT_BUCKET:
+                log.mark(address, length)
+
+
 class GuestData:
     """The data of one command in the guest's memory: read it, fill it, or hand out the memory itself."""
 
@@ -165,30 +198,11 @@ class GuestData:
 
     def views(self, write: bool) -> list[memoryview] | None:
         """The memory itself, piece by piece; None where some of it cannot be had so."""
-        window = self._memory.window
-        if len(self._ranges) == 1:  # the hot path
-            address, length = self._ranges[0]
-            view = window(address, length, write)
-            return None if view is None else [view]
-        # Most often, one region of the guest's memory has them all. (Not where there is a bit bucket: it is nowhere.)
-        low, high = min(self._ranges)[0], max(map(sum, self._ranges))
-        if (whole := window(low, high - low, write)) is not None:
-            return [whole[address - low : address - low + length] for address, length in self._ranges]
-        views = []
-        for address, length in self._ranges:
-            view = memoryview(bytearray(length)) if address == BIT_BUCKET else window(address, length, write)
-            if view is None:
-                return None
-            views.append(view)
-        return views
+        return views_of(self._memory, self._ranges, write)
 
     def written(self) -> None:
         """Somebody wrote all of it through :meth:`views`."""
-        log = self._memory.log
-        if log.active:
-            for address, length in self._ranges:
-                if address != BIT_BUCKET:
-                    log.mark(address, length)
+        log_written(self._memory, self._ranges)
 
     def read(self) -> bytes:
         """All of it. Raises CommandError where the guest has no such memory."""

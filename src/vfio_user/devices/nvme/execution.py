@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from enum import Enum
 from typing import Final, Protocol
 
-from vfio_user.devices.nvme.command import FUSE_MASK, FUSED_FIRST, FUSED_SECOND, Command, CommandError
+from vfio_user.devices.nvme.command import FUSE_MASK, FUSED_FIRST, FUSED_SECOND, Command, CommandError, Entry
 from vfio_user.devices.nvme.constants import STATUS_DO_NOT_RETRY, AsyncEvent, IoOpcode, Status
 from vfio_user.devices.nvme.doorbells import DoorbellBuffers, head_of, tail_of
 from vfio_user.devices.nvme.namespaces import Namespace
@@ -42,6 +42,16 @@ FusedHandler = Callable[[Command, Command], Callable[[], Statuses] | None]
 """What a worker is to do for two fused commands, which gives the status of each; None: they must wait for others."""
 
 
+TogetherHandler = Callable[[Sequence[Entry], Container[int]], tuple[int, int]]
+"""Carries out commands that wait one behind the other, at one go. It is given them, and the identifiers of those that
+are under way; it says how many of them, from the first on, are done, and how many behind those are not for it."""
+
+
+def one_by_one(entries: Sequence[Entry], busy: Container[int]) -> tuple[int, int]:
+    """The TogetherHandler that leaves all of them to others."""
+    return 0, len(entries)
+
+
 class Controller(Protocol):
     """What an executor tells its controller."""
 
@@ -72,6 +82,7 @@ class Executor:
         self.workers = workers
         self._handlers: tuple[Mapping[int, Handler], Mapping[int, Handler]] = ({}, {})
         self._fused: FusedHandler = lambda first, second: None
+        self._together: TogetherHandler = one_by_one
         self._when: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self._told: dict[CompletionQueue, None] = {}
         self._working = False
@@ -93,9 +104,15 @@ class Executor:
         self.held = False
         """Whether nothing new is to be begun all the same: a migration has the device stand still."""
 
-    def handle(self, admin: Mapping[int, Handler], io: Mapping[int, Handler], fused: FusedHandler) -> None:
-        """Who carries out what, by opcode."""
-        self._handlers, self._fused = (admin, io), fused
+    def handle(
+        self,
+        admin: Mapping[int, Handler],
+        io: Mapping[int, Handler],
+        fused: FusedHandler,
+        together: TogetherHandler = one_by_one,
+    ) -> None:
+        """Who carries out what, by opcode; of the I/O queues ``together`` is asked first."""
+        self._handlers, self._fused, self._together = (admin, io), fused, together
 
     # Fetching
 
@@ -159,22 +176,34 @@ class Executor:
         count = min(queue.waiting, room, self.burst)
         if count <= 0:
             return False
-        for command in queue.peek(count):
-            if not queue.alive or not self.enabled or time.monotonic() > until:
-                break
+        served = self._carry_out_all(queue, queue.peek(count), until)
+        self.send_interrupts()
+        return served
+
+    def _carry_out_all(self, queue: SubmissionQueue, entries: Sequence[Entry], until: float) -> bool:
+        """Commands, those that are alike at one go. False: the next one must wait for others."""
+        position, single = 0, 0 if queue.number and len(entries) > 1 else len(entries)
+        while position < len(entries) and queue.alive and self.enabled and time.monotonic() < until:
+            if position == single:
+                done, others = self._together(entries[position:], queue.busy)
+                if done:
+                    self._fetched(queue, done)
+                    self._complete_all(queue, [entry[2] for entry in entries[position : position + done]])
+                    position += done
+                single = position + others
+                continue
+            command = Command._make(entries[position])
+            position += 1
             if command.flags & FUSE_MASK:
-                if not self._serve_fused(queue, command):
-                    return False
-                break
+                return self._serve_fused(queue, command)
             self._fetched(queue)
             self._carry_out(queue, command)
-        self.send_interrupts()
         return True
 
     @staticmethod
-    def _fetched(queue: SubmissionQueue) -> None:
-        queue.head = (queue.head + 1) % queue.ring.size
-        queue.completions.promised += 1
+    def _fetched(queue: SubmissionQueue, count: int = 1) -> None:
+        queue.head = (queue.head + count) % queue.ring.size
+        queue.completions.promised += count
 
     def _carry_out(self, queue: SubmissionQueue, command: Command) -> None:
         try:
@@ -300,6 +329,17 @@ class Executor:
             return
         try:
             completions.post(result, queue.head, queue.number, cid, status)
+        except OSError as error:
+            self._controller.fatal(f"the memory of completion queue {completions.number} is gone: {error}")
+        else:
+            self._told[completions] = None
+
+    def _complete_all(self, queue: SubmissionQueue, cids: Sequence[int]) -> None:
+        """As :meth:`complete`, for commands that ended well and have no results."""
+        completions = queue.completions
+        completions.promised -= len(cids)
+        try:
+            completions.post_done(queue.head, queue.number, cids)
         except OSError as error:
             self._controller.fatal(f"the memory of completion queue {completions.number} is gone: {error}")
         else:

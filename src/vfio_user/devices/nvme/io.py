@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from struct import Struct
 
-from vfio_user.devices.nvme.command import Command, CommandError, check
+from vfio_user.devices.nvme.command import Command, CommandError, Entry, check
 from vfio_user.devices.nvme.constants import ALL_NAMESPACES, STATUS_DO_NOT_RETRY, Feature, IoOpcode, Status
 from vfio_user.devices.nvme.data import GuestData, data_ranges
 from vfio_user.devices.nvme.execution import Executor, Handler, Later
@@ -14,6 +14,7 @@ from vfio_user.devices.nvme.identify import COMPARE_WRITE_BLOCKS, MAX_DATA
 from vfio_user.devices.nvme.logs import Health
 from vfio_user.devices.nvme.namespaces import Namespace, active_namespace
 from vfio_user.devices.nvme.queues import SubmissionQueue
+from vfio_user.devices.nvme.reads import Reads
 from vfio_user.devices.nvme.storage.base import Storage, Views
 from vfio_user.dma.memory import GuestMemory
 
@@ -43,6 +44,7 @@ class IoCommands:
         self._namespaces = namespaces
         self._features = features
         self.health = health
+        self._reads = Reads(memory, namespaces, health)
         self.page_size = 4096
         """Bytes of a page of the host, as CC.MPS says."""
         self.handlers: dict[int, Handler] = {
@@ -54,6 +56,10 @@ class IoCommands:
             IoOpcode.DATASET_MANAGEMENT: self._manage_dataset,
             IoOpcode.VERIFY: self._verify,
         }
+
+    def together(self, entries: Sequence[Entry], busy: Container[int]) -> tuple[int, int]:
+        """Plain reads, at one go: a TogetherHandler."""
+        return self._reads.carry_out(entries, busy, self.page_size)
 
     # What commands say
 
