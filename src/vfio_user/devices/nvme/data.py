@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache, reduce
-from operator import or_
+from functools import cache
 from struct import Struct, unpack
+from typing import NamedTuple
 
 from vfio_user.devices.nvme.command import Command, CommandError, check
 from vfio_user.devices.nvme.constants import SglType, Status
@@ -45,35 +45,37 @@ def prp_ranges(memory: GuestMemory, prp1: int, prp2: int, length: int, page_size
         return [(prp1, length)]
     after, count = prp1 + first, -(-(length - first) // page_size)
     entries = prp2.to_bytes(8, "little") if count == 1 else prp_entries(memory, prp2, count, page_size)
-    if _follow(entries, after, page_size):
+    # As one long number: to look at them one by one takes as long as to read 64 KiB of a file.
+    number, digits = int.from_bytes(entries, "little"), _digits(count, page_size)
+    if number == after * digits.ones + digits.steps:
         return [(prp1, length)]  # most often: guests like their memory in one piece
-    return _joined(prp1, after, prp_pages(entries, page_size), first + count * page_size - length, page_size)
+    if number & digits.within:
+        raise CommandError(Status.PRP_OFFSET_INVALID)
+    pages = unpack(f"<{count}Q", entries)
+    return _joined(prp1, after, pages, first + count * page_size - length, page_size)
 
 
-def _follow(entries: bytes, page: int, page_size: int) -> bool:
-    """Whether the entries of a PRP list are ``page`` and those behind it, one after the other.
+class _Digits(NamedTuple):
+    """Numbers of digits of 64 bits, as the entries of a PRP list are one."""
 
-    They are compared as one long number: to take them one by one costs as much as to read 64 KiB of a file.
-    """
-    ones, steps = _digits(len(entries) // 8)
-    return int.from_bytes(entries, "little") == page * ones + page_size * steps
+    ones: int
+    """1, 1, 1, ..."""
+    steps: int
+    """From the lowest on: 0, a page's size, two of them, ..."""
+    within: int
+    """In each the bits that are an offset in a page."""
 
 
 @cache
-def _digits(count: int) -> tuple[int, int]:
-    """The numbers whose ``count`` digits of 64 bits are 1, 1, 1, ... and, from the lowest on, 0, 1, 2, ..."""
-    return sum(1 << 64 * n for n in range(count)), sum(n << 64 * n for n in range(count))
+def _digits(count: int, page_size: int) -> _Digits:
+    ones = sum(1 << 64 * n for n in range(count))
+    return _Digits(ones, sum(n * page_size << 64 * n for n in range(count)), ones * (page_size - 1))
 
 
 def prp_list(memory: GuestMemory, pointer: int, count: int, page_size: int) -> tuple[int, ...]:
     """The ``count`` pages that a PRP list at ``pointer`` names. Raises CommandError."""
-    return prp_pages(prp_entries(memory, pointer, count, page_size), page_size)
-
-
-def prp_pages(entries: bytes, page_size: int) -> tuple[int, ...]:
-    """The pages of the entries of a PRP list. Raises CommandError where one is none."""
-    pages = unpack(f"<{len(entries) // 8}Q", entries)
-    check(not reduce(or_, pages) & page_size - 1, Status.PRP_OFFSET_INVALID)
+    pages = unpack(f"<{count}Q", prp_entries(memory, pointer, count, page_size))
+    check(not any(page & page_size - 1 for page in pages), Status.PRP_OFFSET_INVALID)
     return pages
 
 
@@ -166,7 +168,7 @@ def views_of(memory: GuestMemory, ranges: Ranges, write: bool) -> list[memoryvie
         view = window(address, length, write)
         return None if view is None else [view]
     # Most often, one region of the guest's memory has them all. (Not where there is a bit bucket: it is nowhere.)
-    low, high = min(ranges)[0], max(map(sum, ranges))
+    low, high = min(ranges)[0], max([address + length for address, length in ranges])
     if (whole := window(low, high - low, write)) is not None:
         return [whole[address - low : address - low + length] for address, length in ranges]
     views = []
