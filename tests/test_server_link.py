@@ -39,7 +39,7 @@ from tests.support import (
     recording,
     serving,
 )
-from vfio_user.server import Quiescing, session
+from vfio_user.server import Quiescing, dma_messages, session
 
 READ, WRITE, DMA_READ, DMA_WRITE, RESET = 9, 10, 11, 12, 13
 MODES: dict[str, dict[str, Any]] = {"serve_forever": {}, "poll": {"polled": True}, "spin": {"spin": 50e-6}}
@@ -415,7 +415,7 @@ def test_dma_nests_to_a_limit(backend: LinkBackend, peer: RawPeer, backwards: bo
     """Each request is answered by a command whose hook asks for DMA again."""
     backend.act["region_write"] = backend.dma_read(0, 1)
     commands, requests = [], []
-    for _ in range(session.MAX_NESTING):
+    for _ in range(dma_messages.MAX_NESTING):
         commands.append(peer.post(WRITE, write_request()))
         requests.append(dma_request(peer, DMA_READ, 0, 1))
     assert peer.refused(WRITE, write_request()) == errno.EDEADLK
@@ -423,7 +423,7 @@ def test_dma_nests_to_a_limit(backend: LinkBackend, peer: RawPeer, backwards: bo
         answer(peer, request, b"x")
     for command in reversed(commands):
         read_reply(peer, command, WRITE)
-    assert backend.read == [b"x"] * session.MAX_NESTING
+    assert backend.read == [b"x"] * dma_messages.MAX_NESTING
     backend.act.clear()
     peer.ok(WRITE, write_request())
 

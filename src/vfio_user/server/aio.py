@@ -12,7 +12,7 @@ from types import TracebackType
 from vfio_user.server import server as blocking
 from vfio_user.server.backend import ServerBackend
 from vfio_user.server.context import Limits
-from vfio_user.server.session import DMA_TIMEOUT
+from vfio_user.server.dma_messages import DMA_TIMEOUT
 
 
 class Server:

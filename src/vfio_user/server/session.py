@@ -8,7 +8,6 @@ and everything that is wrong in any way, goes through :class:`Dispatcher`.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import select
@@ -17,45 +16,38 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from itertools import islice
 from typing import TYPE_CHECKING, NoReturn
 
 from vfio_user.dma.iova import IovaTable
 from vfio_user.errors import (
-    CallTimeoutError,
     ConnectionClosedError,
     FramingError,
-    MessageError,
     ProtocolError,
     VfioUserError,
 )
-from vfio_user.protocol import Connection, Message, Outgoing
+from vfio_user.protocol import Message
 from vfio_user.server.access import touches_bar
 from vfio_user.server.backend import Quiescing, ServerBackend
 from vfio_user.server.context import DmaMapping, Limits
-from vfio_user.server.dispatch import DUMMY_HANDLERS, Dispatcher, Handler, errno_of
+from vfio_user.server.dispatch import DUMMY_HANDLERS, Dispatcher, Handler
+from vfio_user.server.dma_messages import DMA_TIMEOUT, DmaMessages, kept
 from vfio_user.transport.blocking import Channel
 from vfio_user.wire import messages as m
-from vfio_user.wire.commands import COMMANDS, Role
-from vfio_user.wire.constants import HEADER_SIZE, SERVER_DMA_CHUNK, AccessMode, Command, HeaderFlags
+from vfio_user.wire.commands import COMMANDS
+from vfio_user.wire.constants import HEADER_SIZE, AccessMode, Command, HeaderFlags
 
 if TYPE_CHECKING:
     from vfio_user.server.control import Control
 
 logger = logging.getLogger("vfio_user.server")
 
-DMA_TIMEOUT = 5.0
-"""Seconds that the client has to answer a DMA_READ or DMA_WRITE."""
 QUIESCE_TIMEOUT = 30.0
 """Seconds that a device may take to stop its DMA after its client has left."""
-MAX_NESTING = 8
-"""DMA requests that may await their replies inside each other, through hooks that are served meanwhile."""
 MAX_POSTPONED = 1024
 MAX_POSTPONED_BYTES = 4 << 20
 """Commands that may wait, in number and in bytes, for a DMA request to end before DMA can be quiesced."""
 
 _READ, _WRITE = int(Command.REGION_READ), int(Command.REGION_WRITE)
-_DMA_WRITE = int(Command.DMA_WRITE)
 _NO_REPLY, _REPLY = int(HeaderFlags.NO_REPLY), int(HeaderFlags.REPLY)
 _ACCESS = struct.Struct(m.Header.LAYOUT.format + m.RegionAccess.LAYOUT.format.removeprefix("<"))
 _ACCESS_SIZE = _ACCESS.size
@@ -63,8 +55,6 @@ _LOAD = int(Command.MIG_DATA_WRITE)
 _DATA = struct.Struct(m.Header.LAYOUT.format + m.MigData.LAYOUT.format.removeprefix("<"))
 _DATA_SIZE = _DATA.size
 _DONTWAIT = int(socket.MSG_DONTWAIT)
-_POSTED_AT_ONCE = 1024
-"""Posted DMA writes of a push that go out in one send."""
 _SMALL = 4096
 """Bytes up to which a read is served without asking for a view of them first."""
 
@@ -87,25 +77,24 @@ class Session:
         self._backend = backend
         self._control = control
         gate = None if control is None else control.gate
-        self._dispatcher = Dispatcher(backend, limits, offer_twin=self._offer_twin, gate=gate)
+        self._dispatcher = Dispatcher(backend, limits, offer_twin=lambda: self._dma.offer_twin(), gate=gate)
         self._connection = self._dispatcher.connection
         self._context = self._dispatcher.context
         self._framer = self._connection.framer
         self._channel = Channel(sock, self._framer)
+        self._dma = DmaMessages(
+            self._connection, self._channel, self._context, dma_timeout, self._handle, self._control
+        )
         self._epoll = epoll
         self._wake = wake
         self._spin = spin
         self._receive_bytes = self._spin_and_receive if spin else self._channel.receive
-        self._dma_timeout = dma_timeout
-        self._twin: tuple[Connection, Channel] | None = None
-        self._twin_offer: socket.socket | None = None
         self._watches: dict[int, Callable[[], None]] = {}
         self._deferred: deque[Callable[[], None]] = deque()
         self._working = False
         self._parked: tuple[Message | None, Quiescing] | None = None
         self._postponed: deque[Message] = deque()
         self._held: deque[Message] = deque()
-        self._replies: dict[tuple[int, int], Message] = {}
         self._closed = False
         epoll.register(sock, select.EPOLLIN)
         if control is not None:
@@ -358,7 +347,7 @@ class Session:
             self._refuse(message, error)
             return
         if message.is_reply:
-            self._replies[id(self._connection), message.msg_id] = _kept(message)
+            self._dma.replied(message)
             return
         if self._context.depth and self._must_wait(message):
             self._postpone(message)
@@ -367,7 +356,7 @@ class Session:
             self._divert(message)
             return
         if self._watches and _may_quiesce(message):
-            message = _kept(message)
+            message = kept(message)
             self._poll_watches(0)  # a doorbell that was rung before must not start DMA behind the quiesce
         try:
             quiescing = self._dispatcher.quiesce(message)
@@ -403,9 +392,7 @@ class Session:
 
     def _after_reply(self) -> None:
         """The twin socket's offered end has gone out; a connection that must end does so now."""
-        if self._twin_offer is not None:
-            self._twin_offer.close()
-            self._twin_offer = None
+        self._dma.twin_offered()
         if self._dispatcher.closing:
             raise ConnectionClosedError("the negotiation failed")
 
@@ -470,20 +457,7 @@ class Session:
 
     def dma_post(self, writes: Iterable[tuple[int, bytes]]) -> int:
         """Send (address, data) by DMA_WRITE without asking for replies; how many. Raises OSError as dma_write does."""
-        connection, channel = self._twin or (self._connection, self._channel)
-        command, pack = connection.command, m.DmaAccess.LAYOUT.pack
-        sent = 0
-        for batch in _batches(writes, _POSTED_AT_ONCE):
-            parts: list[m.Buffer] = []
-            for address, data in batch:
-                parts += command(_DMA_WRITE, (pack(address, len(data)), data), posted=True)[1].buffers
-            try:
-                channel.send(Outgoing([b"".join(parts)]), time.monotonic() + self._dma_timeout)
-            except CallTimeoutError:
-                self._channel.stop_receiving()  # a part of a message is out: nothing else can follow it
-                raise OSError(errno.ETIMEDOUT, "the client does not take what is written to its memory") from None
-            sent += len(batch)
-        return sent
+        return self._dma.post(writes)
 
     def _retry_control(self) -> None:
         """What a control client wants may have waited for this to be over."""
@@ -497,7 +471,7 @@ class Session:
         if self._context.access is AccessMode.DUMMY:
             self._answer(message, DUMMY_HANDLERS)
             return
-        self._held.append(_kept(message))
+        self._held.append(kept(message))
         if not _too_many(self._held, share=2):  # once they are released, others may wait behind them
             return
         if self._context.depth:
@@ -533,94 +507,16 @@ class Session:
                 self._epoll.unregister(fd)
 
     def dma_read(self, address: int, buffer: memoryview) -> None:
-        for start, stop in self._dma_chunks(len(buffer)):
-            head = m.DmaAccess(address + start, stop - start).pack()
-            reply = self._request(Command.DMA_READ, [head])
-            data = _checked_dma_reply(reply, head)
-            if len(data) != stop - start:
-                raise OSError(errno.EPROTO, f"DMA_READ of {stop - start} bytes answered with {len(data)}")
-            buffer[start:stop] = data
+        try:
+            self._dma.read(address, buffer)
+        finally:
+            self._retry_control()
 
     def dma_write(self, address: int, data: memoryview) -> None:
-        for start, stop in self._dma_chunks(len(data)):
-            head = m.DmaAccess(address + start, stop - start).pack()
-            reply = self._request(Command.DMA_WRITE, [head, data[start:stop]])
-            if reply.payload:  # QEMU 10.2 answers with a header only, the specification's table with 12 bytes
-                _checked_dma_reply(reply, head, shortest=12)
-
-    def _dma_chunks(self, size: int) -> list[tuple[int, int]]:
-        most = min(self._context.client.data_xfer_size, SERVER_DMA_CHUNK)
-        return [(start, min(start + most, size)) for start in range(0, size, most)]
-
-    def _request(self, command: Command, parts: list[m.Buffer]) -> Message:
-        """Send a DMA request and serve the client's commands until its reply is there."""
-        if self._context.depth >= MAX_NESTING:
-            raise OSError(errno.EDEADLK, f"{MAX_NESTING} DMA requests await their replies already")
-        connection, channel = self._twin or (self._connection, self._channel)
-        deadline = time.monotonic() + self._dma_timeout
-        msg_id, outgoing = connection.command(command, parts)
-        self._framer.hold()
-        self._context.depth += 1
         try:
-            channel.send(outgoing, deadline)
-            reply = self._await_reply((id(connection), msg_id), deadline)
-        except CallTimeoutError:
-            raise OSError(errno.ETIMEDOUT, f"{command.name} was not answered in time") from None
-        except FramingError as error:  # a device that asked for DMA expects an OSError; the loop meets the same again
-            raise OSError(error.errno, str(error)) from error
+            self._dma.write(address, data)
         finally:
-            self._context.depth -= 1
-            connection.abandon(msg_id)
             self._retry_control()
-        if reply.is_error:
-            raise OSError(reply.error or errno.EINVAL, f"{command.name} was refused")
-        return reply
-
-    def _await_reply(self, key: tuple[int, int], deadline: float) -> Message:
-        while key not in self._replies:
-            message = self._framer.next_message()
-            if message is not None:
-                self._handle(message)
-            elif not self._take_twin_reply():
-                self._receive_any(deadline)
-        return self._replies.pop(key)
-
-    def _take_twin_reply(self) -> bool:
-        """Look at the next message on the twin socket, where nothing but replies belongs."""
-        if self._twin is None:
-            return False
-        connection, channel = self._twin
-        message = channel.framer.next_message()
-        if message is None:
-            return False
-        try:
-            if connection.check(message):
-                if message.is_command:
-                    raise MessageError(f"{message!r} on the twin socket")
-                self._replies[id(connection), message.msg_id] = _kept(message)
-            message.close()
-        except ProtocolError as error:
-            logger.debug("on the twin socket: %s", error)
-            message.close()
-            if message.is_command:
-                channel.send(connection.error_reply(message, errno_of(error)))
-        return True
-
-    def _receive_any(self, deadline: float) -> None:
-        channels = [self._channel] if self._twin is None else [self._channel, self._twin[1]]
-        poll = select.poll()
-        for channel in channels:
-            poll.register(channel.fileno(), select.POLLIN)
-        if self._control is not None:
-            poll.register(self._control, select.POLLIN)
-        ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-        if not ready or time.monotonic() >= deadline:
-            raise CallTimeoutError("no reply in time")
-        for channel in channels:
-            if channel.fileno() in ready:
-                channel.receive(_DONTWAIT)
-        if self._control is not None and self._control.fileno() in ready:
-            self._control.serve()
 
     def _must_wait(self, message: Message) -> bool:
         """Whether a command that came while a DMA request awaits its reply must wait for that: it stops DMA.
@@ -630,7 +526,7 @@ class Session:
         return bool(self._postponed) or self._parked is not None or _may_quiesce(message)
 
     def _postpone(self, message: Message) -> None:
-        self._postponed.append(_kept(message))
+        self._postponed.append(kept(message))
         if _too_many(self._postponed):
             self._let_go("the client sends commands instead of answering a DMA request")
 
@@ -638,14 +534,6 @@ class Session:
         """End the connection. What is raised within a hook may not come through; an end of the stream does."""
         self._channel.stop_receiving()
         raise ConnectionClosedError(reason)
-
-    def _offer_twin(self) -> int:
-        """Make the twin socket; the client's end is closed here once the reply that carries it has gone out."""
-        own, self._twin_offer = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection = Connection(Role.SERVER, self._connection.framer.max_size)
-        connection.negotiated = True
-        self._twin = (connection, Channel(own, connection.framer))
-        return self._twin_offer.fileno()
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
@@ -695,10 +583,7 @@ class Session:
         self._epoll.unregister(self._channel.fileno())
         self._channel.close()
         self._context.drop_reply_buffers()
-        if self._twin is not None:
-            self._twin[1].close()
-        if self._twin_offer is not None:
-            self._twin_offer.close()
+        self._dma.close()
         if self._control is not None:
             self._control.retry()
 
@@ -731,27 +616,6 @@ def _too_many(messages: Collection[Message], *, share: int = 1) -> bool:
     """Whether more commands wait than may; ``share``: than a half may, a third."""
     most, bytes_most = MAX_POSTPONED // share, MAX_POSTPONED_BYTES // share
     return len(messages) > most or sum(len(kept.payload) for kept in messages) > bytes_most
-
-
-def _batches(writes: Iterable[tuple[int, bytes]], size: int) -> Iterator[list[tuple[int, bytes]]]:
-    iterator = iter(writes)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def _kept(message: Message) -> Message:
-    """``message`` with a payload of its own, that outlives the receive buffer."""
-    message.payload = memoryview(bytes(message.payload))
-    return message
-
-
-def _checked_dma_reply(reply: Message, head: bytes, shortest: int | None = None) -> memoryview:
-    """The data behind the fixed part of a DMA reply, which must repeat the request's."""
-    size = len(head)
-    fixed = bytes(reply.payload[:size])
-    if len(fixed) < (shortest or size) or fixed != head[: len(fixed)]:
-        raise OSError(errno.EPROTO, "a DMA reply does not repeat the address and count of its request")
-    return reply.payload[size:]
 
 
 def _drain(fd: int) -> None:
