@@ -47,7 +47,7 @@ layers: $(VENV)/developing
 
 # Where QEMU cannot be had this says why and goes on: the tests that need it are skipped, or in CI fail.
 qemu:
-	-$(PYTHON) scripts/fetch_qemu.py --guest --guest-tools --lspci
+	-$(PYTHON) scripts/fetch_qemu.py --guest --guest-tools --lspci --sshd --tshark
 	-$(PYTHON) scripts/fetch_nbd.py
 
 tests: $(VENV)/developing

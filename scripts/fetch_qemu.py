@@ -2,7 +2,8 @@
 """Fetch a QEMU with the vfio-user-pci device into ``.qemu/``: no root, nothing of the system is touched.
 
 With ``--guest`` a Linux kernel and busybox for it, too, and with ``--guest-tools`` what that guest needs to use a disk
-(mkfs.ext4, e2fsck, nvme); with ``--lspci`` the lspci that reads what a guest saw.
+(mkfs.ext4, e2fsck, nvme); with ``--lspci`` the lspci that reads what a guest saw, with ``--sshd`` an sshd for what goes
+from host to host, with ``--tshark`` what reads our captures.
 
 QEMU 11.1 and everything it needs, down to the C library, comes as Debian packages from the mirror that this
 machine's own apt already uses. The packages are only unpacked, never installed. ``.qemu/qemu-system-x86_64``
@@ -77,10 +78,24 @@ WRAPPER = """\
 root=$(dirname -- "$(readlink -f -- "$0")")/{root}
 libraries=$root/{libraries}
 export QEMU_MODULE_DIR="$libraries/qemu"
-exec "$root/{loader}" --library-path "$libraries" --argv0 {binary} "$root/usr/bin/{binary}" {options} "$@"
+{before}exec "$root/{loader}" --library-path "$libraries" --argv0 {argv0} "$root/{program}" {options} "$@"
 """
+PROGRAMS = ("usr/bin", "usr/sbin", "usr/lib/openssh")
+"""Where a package has what is to be wrapped."""
 QEMU_OPTIONS = '-L "$root/usr/share/qemu" -L "$root/usr/share/seabios"'
 LSPCI_OPTIONS = '-i "$root/usr/share/misc/pci.ids"'
+SSHD_HELPERS = ("sshd-session", "sshd-auth")
+SSHD_OPTIONS = '-o SshdSessionPath="$root/../sshd-session" -o SshdAuthPath="$root/../sshd-auth"'
+# Run by root it wants a user and a folder: here they are, for itself and what it starts alone.
+SSHD_ROOM = """\
+if [ "$(id -u)" = 0 ] && ! { [ -d /run/sshd ] && grep -q ^sshd: /etc/passwd; }; then
+    exec unshare --mount sh -c 'mount -t tmpfs -o mode=755 tmpfs /run && mkdir /run/sshd &&
+        cp /etc/passwd /run/passwd && echo sshd:x:65534:65534::/run/sshd:/bin/false >>/run/passwd &&
+        mount --bind /run/passwd /etc/passwd && exec "$@"' sh "$(readlink -f -- "$0")" "$@"
+fi
+"""
+TSHARK_SCRIPTS = "wireshark/plugins/init.lua"
+"""Beside its libraries; what is in it, lets root's Wireshark load the scripts that it is told to."""
 
 
 class FetchError(Exception):
@@ -94,12 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--guest", action="store_true", help="also fetch a Linux kernel and busybox into .qemu/guest/")
     parser.add_argument("--guest-tools", action="store_true", help="also fetch mkfs.ext4, e2fsck and nvme for it")
     parser.add_argument("--lspci", action="store_true", help="also fetch .qemu/lspci")
+    parser.add_argument("--sshd", action="store_true", help="also fetch .qemu/sshd, OpenSSH's")
+    parser.add_argument("--tshark", action="store_true", help="also fetch .qemu/tshark, Wireshark's")
     parser.add_argument("--mirror", metavar="URI", help="Debian mirror (default: those of this machine's apt)")
     options = parser.parse_args(arguments)
-    wanted = {BINARY: True, "guest": options.guest, "guest-tools": options.guest_tools, "lspci": options.lspci}
+    wanted = [name for name in FETCHERS if name == BINARY or vars(options)[name.replace("-", "_")]]
     try:
         if not options.print:
-            ensure([name for name, wish in wanted.items() if wish], options.mirror)
+            ensure(wanted, options.mirror)
         qemu = present()
     except (FetchError, OSError) as error:
         print(f"fetch_qemu: {error}", file=sys.stderr)
@@ -187,14 +204,61 @@ def fetch_lspci(apt: Apt) -> None:
     wrap("lspci", root, LSPCI_OPTIONS, reads_dumps, "does not start")
 
 
-FETCHERS = {BINARY: fetch_qemu, "guest": fetch_guest, "guest-tools": fetch_guest_tools, "lspci": fetch_lspci}
+def fetch_sshd(apt: Apt) -> None:
+    """Unpack sshd with its closure and, once it is seen to work, put the wrappers of its three programs in place."""
+    say("fetching sshd")
+    apt.get("install", "--yes", "--download-only", "openssh-server")
+    root = HOME / "openssh"
+    unpack(apt.packages(), root)
+    for helper in SSHD_HELPERS:
+        wrap(helper, root, "", Path.exists, "is not there")
+    wrap("sshd", root, SSHD_OPTIONS, says_its_version, "does not start", before=SSHD_ROOM)
+
+
+def fetch_tshark(apt: Apt) -> None:
+    """Unpack tshark with its closure and, once it is seen to work, put the wrapper in place.
+
+    It looks for its data from where the running program is, which is the loader: so that is put beside it.
+    """
+    say("fetching tshark")
+    apt.get("install", "--yes", "--download-only", "tshark")
+    root = HOME / "wireshark"
+    unpack(apt.packages(), root)
+    loader = loader_in(root)
+    (loader.parent / TSHARK_SCRIPTS).write_text("run_user_scripts_when_superuser = true\n", encoding="utf-8")
+    beside = root / "usr/bin" / loader.name
+    beside.hardlink_to(loader)
+    wrap("tshark", root, "", says_its_version, "does not start", loader=beside)
+
+
+FETCHERS = {
+    BINARY: fetch_qemu,
+    "guest": fetch_guest,
+    "guest-tools": fetch_guest_tools,
+    "lspci": fetch_lspci,
+    "sshd": fetch_sshd,
+    "tshark": fetch_tshark,
+}
 """By what they leave in ``.qemu`` when they are done."""
 
 
-def wrap(binary: str, root: Path, options: str, works: Callable[[Path], bool], failure: str) -> None:
-    """Write the wrapper of what was unpacked in ``root``, and put it in place once it is seen to work."""
+def wrap(
+    binary: str,
+    root: Path,
+    options: str,
+    works: Callable[[Path], bool],
+    failure: str,
+    *,
+    before: str = "",
+    loader: Path | None = None,
+) -> None:
+    """Write the wrapper of what was unpacked in ``root``, and put it in place once it is seen to work.
+
+    ``before`` are lines of shell that it begins with; ``loader`` is what runs the program, if not the one in its place.
+    """
     wrapper = HOME / f"{binary}.new"
-    wrapper.write_text(wrapper_script(binary, root, options), encoding="utf-8")
+    script = wrapper_script(binary, root, options, before, loader or loader_in(root))
+    wrapper.write_text(script, encoding="utf-8")
     wrapper.chmod(0o755)
     if not works(wrapper):
         raise FetchError(f"the {binary} unpacked in {root} {failure}")
@@ -210,15 +274,37 @@ def reads_dumps(lspci: Path) -> bool:
     return True
 
 
-def wrapper_script(binary: str, root: Path, options: str) -> str:
+def says_its_version(program: Path) -> bool:
+    """Whether this program starts."""
+    try:
+        run(program, "-V" if program.name.startswith("sshd") else "--version", timeout=30)
+    except FetchError:
+        return False
+    return True
+
+
+def wrapper_script(binary: str, root: Path, options: str, before: str, loader: Path) -> str:
     """The text of the wrapper for what was unpacked in ``root``."""
+    program = next((path for folder in PROGRAMS if (root / (path := f"{folder}/{binary}")).exists()), None)
+    if program is None:
+        raise FetchError(f"no {binary} in {root}")
+    return WRAPPER.format(
+        root=root.name,
+        libraries=loader_in(root).parent.relative_to(root),
+        loader=loader.relative_to(root),
+        program=program,
+        argv0=binary if program.startswith("usr/bin") else f'"$root/{program}"',  # a daemon's must be absolute
+        before=before,
+        options=options,
+    )
+
+
+def loader_in(root: Path) -> Path:
+    """The dynamic loader among what was unpacked in ``root``."""
     loader = next(root.glob("usr/lib/*-linux-*/ld-linux*.so.*"), None)
     if loader is None:
         raise FetchError(f"no dynamic loader in {root}")
-    libraries = loader.parent.relative_to(root)
-    return WRAPPER.format(
-        root=root.name, libraries=libraries, loader=loader.relative_to(root), binary=binary, options=options
-    )
+    return loader
 
 
 def unpack(packages: Sequence[Path], root: Path) -> None:

@@ -181,7 +181,7 @@ def tshark() -> str:
     found = ROOT / ".qemu" / "tshark"
     path = str(found) if found.exists() else shutil.which("tshark")
     if path is None:
-        pytest.skip("no tshark: apt-get install tshark")
+        pytest.skip("no tshark: run scripts/fetch_qemu.py --tshark")
     return path
 
 
@@ -258,7 +258,8 @@ FIELDS = (
 def test_wireshark_has_the_fields(tshark: str, tmp_path: Path) -> None:
     chosen = [argument for name in FIELDS for argument in ("-e", f"vfio_user.{name}")]
     lines = dissected(tshark, written(tmp_path / "c", TRAFFIC), "-T", "fields", "-E", "separator=,", *chosen)
-    assert lines == [
+    numbers = [line.replace("False", "0").replace("True", "1") for line in lines]  # words since Wireshark 4.2 or so
+    assert numbers == [
         "1,0,0,,,,,,,,",
         "1,1,0,3,0x0000000000000000,,,,,1,",
         "2,0,0,1,0x0000000000002000,,,,,,",
