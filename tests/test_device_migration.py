@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -20,6 +21,7 @@ from vfio_user.devices.ivshmem import Ivshmem
 from vfio_user.errors import CommandError, StreamError, TransitionError
 from vfio_user.fds import OwnedFd
 from vfio_user.migration import StreamIdentity, StreamReader, StreamWriter, decode_state, encode_state, path
+from vfio_user.migration.states import RUNNING_STATES
 from vfio_user.wire.constants import DmaFlags, IrqSetFlags, PciIrq
 
 from .device_support import TIMEOUT, attached, events, guest_memory, serving
@@ -743,3 +745,130 @@ def test_a_device_that_takes_neither_a_stream_nor_its_own_state_back_is_in_error
     assert device.migration_get_state() == DeviceState.ERROR
     device.reset()
     assert device.migration_get_state() == DeviceState.RUNNING
+
+
+# Interrupts of a device that stands still
+
+MASK = IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_MASK
+UNMASK = IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_UNMASK
+TRIGGER = IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER
+
+
+class Noisy(Device):
+    vendor_id, device_id, intx, msix_vectors = 0x494F, 0x0C0E, True, 2
+    migration = MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY | MigrationFlags.P2P
+
+
+@pytest.mark.parametrize("where", [STOP, STOP_COPY])
+def test_an_end_of_interrupt_in_a_stopped_device_is_answered_when_it_runs(edu: Client, where: DeviceState) -> None:
+    """QEMU sends one whenever it touches a BAR of a device whose line is up."""
+    with events(1) as (pin,):
+        edu.set_irqs(PciIrq.INTX, ASSIGN, 0, 1, [pin.fd])
+        edu.region_write(0, IRQ_RAISE, b"\1\0\0\0")
+        assert pin.take() == 1
+        edu.migration_set_state(where)
+        edu.set_irqs(PciIrq.INTX, UNMASK, 0, 1)
+        assert pin.take() == 0
+        edu.migration_set_state(RUNNING)
+        assert pin.take() == 1
+
+
+def test_a_reset_forgets_the_interrupts_that_wait_and_lets_out_those_that_come() -> None:
+    device = Noisy()
+    with events(1) as (heard,):
+        device.set_irqs(PciIrq.MSIX, ASSIGN, 0, 1, [OwnedFd.duplicate(heard.fd)])
+        device.migration_set_state(STOP)
+        device.irq.trigger(0)
+        device.reset()
+        assert heard.take() == 0
+        device.irq.trigger(0)
+        assert heard.take() == 1
+
+
+def test_a_save_that_fails_on_the_way_leaves_interrupts_as_the_state_is() -> None:
+    class Mute(Noisy):
+        migration = MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY
+
+        def save(self) -> dict[str, object]:
+            raise OSError(errno.EIO, "cannot")
+
+    device = Mute()
+    with events(1) as (heard,):
+        device.set_irqs(PciIrq.MSIX, ASSIGN, 0, 1, [OwnedFd.duplicate(heard.fd)])
+        for begun, left in ((PRE_COPY, PRE_COPY), (RUNNING, STOP)):
+            device.migration_set_state(begun)
+            with pytest.raises(TransitionError):
+                device.migration_set_state(STOP_COPY)
+            assert device.migration_get_state() == left
+            device.irq.trigger(0)
+            assert heard.take() == (left == PRE_COPY)
+
+
+LINES = [(PciIrq.INTX, 0), (PciIrq.MSIX, 0), (PciIrq.MSIX, 1), (PciIrq.ERR, 0)]
+STATES = (RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP, STOP_COPY)
+STEPS = st.one_of(
+    st.tuples(st.sampled_from(["fire", "trigger", "mask", "unmask", "assign", "deassign"]), st.sampled_from(LINES)),
+    st.tuples(st.sampled_from(["assert_", "deassert"]), st.none()),
+    st.tuples(st.just("go to"), st.sampled_from(STATES)),
+)
+
+
+@given(steps=st.lists(STEPS, max_size=40))
+def test_nothing_comes_from_a_stopped_device_nothing_is_lost_and_nothing_comes_twice(
+    steps: list[tuple[str, Any]],
+) -> None:
+    device = Noisy()
+    fired, came = dict.fromkeys(LINES, 0), dict.fromkeys(LINES, 0)
+    owed: set[tuple[PciIrq, int]] = set()  # fired, and nothing came since
+    with events(len(LINES)) as listeners:
+        heard = dict(zip(LINES, listeners, strict=True))
+
+        def listen() -> None:
+            for line, event in heard.items():
+                if count := event.take():
+                    came[line] += count
+                    owed.discard(line)
+
+        def set_irqs(action: int, line: tuple[PciIrq, int], fds: Sequence[int] = ()) -> None:
+            device.set_irqs(line[0], action, line[1], 1, [OwnedFd.duplicate(fd) for fd in fds])
+
+        def fire(line: tuple[PciIrq, int], by_client: bool = False) -> None:
+            fired[line] += 1
+            owed.add(line)
+            set_irqs(TRIGGER, line) if by_client else device.irq.fire(*line)
+
+        def go_to(state: DeviceState) -> None:
+            with contextlib.suppress(TransitionError):  # no path leads there
+                device.migration_set_state(state)
+
+        actions: dict[str, Callable[[Any], None]] = {
+            "fire": fire,
+            "trigger": lambda line: fire(line, by_client=True),
+            "mask": lambda line: set_irqs(MASK, line),
+            "unmask": lambda line: set_irqs(UNMASK, line),
+            "assign": lambda line: set_irqs(ASSIGN, line, [heard[line].fd]),
+            "deassign": lambda line: set_irqs(ASSIGN, line),
+            "assert_": lambda _: device.irq.assert_(),
+            "deassert": lambda _: device.irq.deassert(),
+            "go to": go_to,
+        }
+        for line in LINES:
+            actions["assign"](line)
+        for action, argument in steps:
+            before = dict(came)
+            actions[action](argument)
+            listen()
+            if device.migration_get_state() not in RUNNING_STATES:
+                assert came == before
+        go_to(STOP)
+        for line in LINES:
+            actions["assign"](line)
+            actions["unmask"](line)
+        go_to(RUNNING)
+        before = dict(came)
+        listen()
+        assert not owed
+        assert came[PciIrq.INTX, 0] - before[PciIrq.INTX, 0] >= device.irq.asserted
+        messages = LINES[1:]
+        assert all(came[line] <= fired[line] for line in messages)
+        device.disconnected()

@@ -94,10 +94,13 @@ class InterruptsMachine(RuleBasedStateMachine):
         self.masked: set[tuple[int, int]] = set()
         self.held: set[tuple[int, int]] = set()
         self.level = self.in_service = False
+        self.running = True
         self.fds_before = open_fds()
 
     def settle(self) -> dict[tuple[int, int], int]:
         """What the model says must arrive now."""
+        if not self.running:
+            return {}
         ready = {
             line
             for line in self.pending
@@ -203,9 +206,15 @@ class InterruptsMachine(RuleBasedStateMachine):
         self.irq.hold(self.held_bits())
 
     @rule()
-    def rearm(self) -> None:
-        self.irq.rearm()
+    def stop(self) -> None:
+        self.irq.stop()
+        self.running = False
+
+    @rule()
+    def run(self) -> None:
+        self.irq.run()
         self.in_service = False
+        self.running = True
 
     @rule()
     def reset(self) -> None:
@@ -226,13 +235,13 @@ class InterruptsMachine(RuleBasedStateMachine):
         state = self.irq.save()
         self.irq.release_fds()
         self.irq = Interrupts(COUNTS)
+        self.irq.stop()
+        self.running = False
         self.listeners = {line: Listener() for line in vectors}
         for (index, vector), listener in self.listeners.items():
             self.irq.set_irqs(index, FD_TRIGGER, vector, 1, [listener.send()])
         self.irq.load(state, self.held_bits())
-        assert not any(listener.take() for listener in self.listeners.values()), "fired before RUNNING"
         assert self.irq.save() == state
-        self.irq.rearm()
         self.masked.clear()
         self.in_service = False
 
@@ -311,11 +320,47 @@ def test_running_again_raises_intx_that_the_last_client_may_not_have_seen(irq: I
     (pin,) = assign(irq, INTX, 0)
     irq.assert_()
     assert pin.take() == 1
-    irq.rearm()
+    irq.stop()
+    irq.run()
     assert pin.take() == 1
     irq.deassert()
-    irq.rearm()
+    irq.stop()
+    irq.run()
     assert pin.take() == 0
+
+
+@pytest.mark.parametrize(("index", "vector"), [(INTX, 0), (MSI, 1), (MSIX, 2), (ERR, 0), (REQ, 0)])
+def test_what_comes_while_the_device_stands_still_waits_and_comes_once(
+    irq: Interrupts, index: int, vector: int
+) -> None:
+    (heard,) = assign(irq, index, vector)
+    irq.stop()
+    irq.fire(index, vector)
+    irq.set_irqs(index, NONE_TRIGGER, vector, 1, [])
+    irq.set_irqs(index, NONE_MASK, vector, 1, [])
+    irq.set_irqs(index, NONE_UNMASK, vector, 1, [])
+    irq.hold({index: -1})
+    irq.hold({})
+    (instead,) = assign(irq, index, vector)
+    assert (heard.take(), instead.take(), pending(irq, index)) == (0, 0, [vector])
+    irq.run()
+    assert (heard.take(), instead.take(), pending(irq, index)) == (0, 1, [])
+
+
+@pytest.mark.parametrize("stands", [True, False])
+def test_an_end_of_interrupt_while_the_device_stands_still_is_answered_when_it_runs(
+    irq: Interrupts, stands: bool
+) -> None:
+    (pin,) = assign(irq, INTX, 0)
+    irq.assert_()
+    assert pin.take() == 1
+    irq.stop()
+    irq.set_irqs(INTX, NONE_UNMASK, 0, 1, [])
+    if not stands:
+        irq.deassert()
+    assert pin.take() == 0
+    irq.run()
+    assert pin.take() == stands
 
 
 def test_a_new_eventfd_hears_of_an_intx_that_still_stands(irq: Interrupts) -> None:
@@ -560,12 +605,13 @@ def test_the_saved_state_is_plain_data(irq: Interrupts) -> None:
     }
 
 
-def test_a_level_that_was_loaded_waits_for_rearm(irq: Interrupts) -> None:
+def test_a_level_that_was_loaded_waits_until_the_device_runs(irq: Interrupts) -> None:
     (pin,) = assign(irq, INTX, 0)
     irq.assert_()
+    irq.stop()
     irq.load(irq.save(), {})
     assert (pin.take(), pending(irq, INTX)) == (1, [0])
-    irq.rearm()
+    irq.run()
     assert (pin.take(), pending(irq, INTX)) == (1, [])
 
 

@@ -30,16 +30,21 @@ class Served:
     """A device with a control socket, served by a thread until it is stopped, which its clients see as its death."""
 
     def __init__(self, device: ServerBackend, folder: Path, name: str) -> None:
+        self.device = device
         self.path, self.control_path = folder / f"{name}.sock", folder / f"{name}.ctl"
         self._server = Server(device, self.path, control=self.control_path)
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def control(self) -> ControlClient:
         return ControlClient.connect(self.control_path, TIMEOUT)
 
     def stop(self) -> None:
-        if self._thread.is_alive():
+        if self.alive:
             self._server.shutdown()
             self._thread.join(TIMEOUT)
             assert not self._thread.is_alive()

@@ -132,7 +132,7 @@ class Device(ServerBackend):
         with _declaring(type(self)):
             self.__build()
         self.dma: GuestMemory = GuestMemory()
-        self.__migrator = Migrator(self, self.migration, self.irq.rearm)
+        self.__migrator = Migrator(self, self.migration, self.__run_or_stop)
         self.__posted = PostedWork(lambda: self.__migrator.running) if self.workers else None
         self.follow_config()
 
@@ -320,9 +320,9 @@ class Device(ServerBackend):
         self.__flr.settle()  # the server had us quiesce
 
     def reset(self) -> None:
-        self.__migrator.reset()
         self.__flr.forget()
         self.reset_function()
+        self.__migrator.reset()  # at last: it lets out the interrupts that wait
 
     def reset_function(self) -> None:
         """All but where a migration stands, which a guest that resets its device does not know of."""
@@ -411,6 +411,13 @@ class Device(ServerBackend):
         except TransitionError as error:
             logger.warning("%s: %s", type(self).__name__, str(error))  # the client is told an errno only
             raise
+
+    def __run_or_stop(self, running: bool) -> None:
+        """A device that stands still keeps its interrupts and its workers' results to itself until it runs again."""
+        if not running:
+            self.irq.stop()
+            return
+        self.irq.run()
         if self.__posted:
             self.__posted.run()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vfio_user.device.contents import apply, collect
@@ -29,13 +30,13 @@ LOAD_SLACK = 1 << 20
 class Migrator:
     """Walks a device through the migration states, and turns it into a stream and back.
 
-    A stream that does not fit leaves the device as it was, in RESUMING. ``entered_running`` is called when the device
-    has come to RUNNING from a state in which it stood still.
+    A stream that does not fit leaves the device as it was, in RESUMING. ``on_running`` is called with whether the
+    device works for the guest, when that has changed.
     """
 
-    def __init__(self, device: Device, flags: MigrationFlags, entered_running: Callable[[], None]) -> None:
+    def __init__(self, device: Device, flags: MigrationFlags, on_running: Callable[[bool], None]) -> None:
         self._device = device
-        self._entered_running = entered_running
+        self._on_running = on_running
         self._machine = StateMachine(flags, self._step)
         self._outgoing: StreamWriter | None = None
         self._incoming: StreamReader | None = None
@@ -53,12 +54,24 @@ class Migrator:
 
     def set(self, state: DeviceState) -> None:
         """Go to ``state`` arc by arc. Raises TransitionError."""
-        self._machine.set(state)
+        with self._telling():
+            self._machine.set(state)
 
     def reset(self) -> None:
         self._outgoing = self._incoming = None
         self._before = {}
-        self._machine.reset()
+        with self._telling():
+            self._machine.reset()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tell whether the device works, if that has changed: a path that fails may have been gone half of the way."""
+        before = self.running
+        try:
+            yield
+        finally:
+            if self.running != before:
+                self._on_running(self.running)
 
     def read(self, data: memoryview) -> int:
         """Fill ``data`` with the stream as far as there is some now."""
@@ -114,8 +127,6 @@ class Migrator:
             assert self._incoming is not None
             self._load(self._incoming.finish(), self._before)
             self._incoming, self._before = None, {}
-        elif target == DeviceState.RUNNING and source not in SAVING_STATES:
-            self._entered_running()
 
     def _finish(self, stream: StreamWriter) -> None:
         """Add all that is left to say of the device as it is now."""

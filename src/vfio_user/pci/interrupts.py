@@ -2,7 +2,7 @@
 
 One rule carries everything: a trigger first becomes *pending*, then leaves as one count of the vector's
 eventfd as soon as there is one and nothing holds it back. So none is ever lost: not between two assignments
-of eventfds, not while masked, not while no client is there.
+of eventfds, not while masked, not while no client is there, not while a migration has the device stopped.
 
 Sources: ``linux/vfio.h`` (VFIO_DEVICE_SET_IRQS), PCI Local Bus specification 3.0, sections 2.2.6 and 6.8.
 """
@@ -154,14 +154,23 @@ class Interrupts:
         bits = sum(1 << vector for vector in self._lines[index].waiting())
         return bits.to_bytes((self.counts[index] + 63) // 64 * 8, "little")
 
-    def rearm(self) -> None:
-        """Entering RUNNING: what was asserted is never assumed to have arrived at the client of before."""
+    def stop(self) -> None:
+        """The device stands still: whatever device, client or registers do from now on, nothing leaves."""
+        for line in self._lines:
+            line.stopped = True
+
+    def run(self) -> None:
+        """It works again: what waits leaves, and a level that was asserted is not assumed to have arrived before."""
         self._intx.in_service = False
         for line in self._lines:
+            line.stopped = False
             line.deliver_all()
 
     def reset(self) -> None:
-        """A device reset: nothing asserted, nothing pending. Eventfds and masks are the client's and stay."""
+        """A device reset: nothing asserted, nothing pending. Eventfds and masks are the client's and stay.
+
+        What was stopped stays so: a guest may reset its function while a migration is under way.
+        """
         self._set_level(False)
         for line in self._lines:
             line.pending.clear()
@@ -178,7 +187,7 @@ class Interrupts:
     def load(self, state: object, held: Mapping[int, int]) -> None:
         """Take over what :meth:`save` gave, and what the registers that came with it :meth:`hold`.
 
-        Nothing is fired before :meth:`rearm`.
+        Nothing is fired before :meth:`run`.
 
         Raises ValueError, with nothing changed, for anything else.
         """
@@ -273,13 +282,17 @@ class Interrupts:
 
 
 class _Vectors:
-    """The vectors of one index: eventfds, and which are pending, masked (by SET_IRQS) or held (by registers)."""
+    """The vectors of one index: eventfds, and which are pending, masked (by SET_IRQS) or held (by registers).
+
+    Nothing leaves while the device is ``stopped``.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.eventfds: dict[int, OwnedFd] = {}
         self.masked: set[int] = set()
         self.held = 0
+        self.stopped = False
         self.pending: set[int] = set()
 
     def fire(self, vector: int) -> None:
@@ -294,7 +307,7 @@ class _Vectors:
             _signal(fd.fileno())
 
     def held_back(self, vector: int) -> bool:
-        return vector in self.masked or bool(self.held >> vector & 1)
+        return self.stopped or vector in self.masked or bool(self.held >> vector & 1)
 
     def deliver_all(self) -> None:
         for vector in sorted(self.waiting()):
