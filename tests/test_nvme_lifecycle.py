@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 
 from vfio_user import Client, Server
 from vfio_user.devices.nvme import Nvme, controller
+from vfio_user.devices.nvme.complaints import Complaints
 from vfio_user.devices.nvme.constants import (
     ALL_NAMESPACES,
     AdminOpcode,
@@ -28,13 +30,14 @@ from vfio_user.devices.nvme.constants import (
     Register,
 )
 from vfio_user.devices.nvme.execution import MAX_JOBS
+from vfio_user.devices.nvme.features import Timestamp
 from vfio_user.devices.nvme.storage.base import Views
 from vfio_user.devices.nvme.storage.memory import MemoryStorage
 from vfio_user.testing import FakeGuest
 from vfio_user.testing.guest import map_memory
 from vfio_user.testing.nvme import Command, NvmeDriver, SharedMemory, Ticket, io
 from vfio_user.testing.nvme.access import ClientRegisters
-from vfio_user.testing.nvme.bare import NORMAL_SHUTDOWN
+from vfio_user.testing.nvme.bare import NORMAL_SHUTDOWN, configuration
 from vfio_user.testing.nvme.commands import FUSED_FIRST, FUSED_SECOND
 from vfio_user.testing.nvme.data import Buffer, prps
 from vfio_user.testing.nvme.queues import QueuePair
@@ -101,6 +104,99 @@ def waits(desk: Desk, queue: QueuePair, count: int) -> bool:
     return desk.guest.memory[queue.cq.ring.address(last % queue.cq.size) + 14] & 1 == phase
 
 
+# Enabling
+
+
+class SlowToAcquire(GatedStorage):
+    """A server that does not answer, or answers late."""
+
+    def acquire(self) -> None:
+        self._pass("acquire")
+        super().acquire()
+
+
+class TestEnable:
+    """7.6.1: RDY may take its time, CAP.TO; the client has no such patience with a register write."""
+
+    @pytest.fixture
+    def storage(self) -> SlowToAcquire:
+        return SlowToAcquire()
+
+    @pytest.fixture
+    def desk(self, storage: SlowToAcquire) -> Iterator[Desk]:
+        with gated(storage) as desk:
+            desk.driver.disable()
+            storage.gate.clear()
+            storage.calls.clear()
+            desk.driver.prepare()
+            desk.configure(set=configuration() | Configuration.EN)
+            storage.wait_for(1)
+            assert desk.driver.status == 0
+            yield desk
+
+    def test_serves_the_client_while_the_storage_is_sought(self, desk: Desk, storage: SlowToAcquire) -> None:
+        storage.gate.set()
+        desk.driver.wait_status(ControllerStatus.RDY, ControllerStatus.RDY)
+        desk.driver.create_queue_pair()
+        desk.driver.flush()
+
+    def test_is_taken_back(self, desk: Desk, storage: SlowToAcquire) -> None:
+        """And done again: the second time counts, however the first one ends."""
+        desk.begin_reset()
+        desk.configure(set=Configuration.EN)
+        storage.gate.set()
+        desk.driver.wait_status(ControllerStatus.RDY, ControllerStatus.RDY)
+        assert storage.calls == ["acquire"] * 2
+        assert storage.acquired
+        desk.driver.create_queue_pair()
+        desk.driver.flush()
+        desk.begin_reset()
+        until(lambda: not storage.acquired)
+
+    def test_is_taken_back_for_good(self, desk: Desk, storage: SlowToAcquire) -> None:
+        desk.begin_reset()
+        storage.gate.set()
+        until(lambda: not storage.acquired)
+        assert desk.driver.status == 0
+
+    def test_has_the_namespace_that_came_meanwhile(self, desk: Desk, storage: SlowToAcquire) -> None:
+        other = GatedStorage()
+        desk.in_device(lambda: desk.device.add_namespace(other))
+        storage.gate.set()
+        desk.driver.wait_status(ControllerStatus.RDY, ControllerStatus.RDY)
+        assert (storage.acquired, other.acquired) == (True, True)
+
+    def test_is_for_good_though_a_migration_begins(self, desk: Desk, storage: SlowToAcquire) -> None:
+        """Which has a controller that is not enabled leave its storage to others: one that is about to be keeps it."""
+        desk.guest.client.migration_set_state(DeviceState.PRE_COPY)
+        storage.gate.set()
+        desk.driver.wait_status(ControllerStatus.RDY, ControllerStatus.RDY)
+        desk.driver.create_queue_pair()
+        desk.driver.flush()
+        assert storage.acquired
+
+    def test_fails_where_one_of_two_cannot_be_had(self) -> None:
+        """The other one is left to others; when the storage is back, so is the controller."""
+
+        class Elsewhere(GatedStorage):
+            def acquire(self) -> None:
+                if not self.gate.is_set():
+                    raise BlockingIOError(errno.EWOULDBLOCK, "somebody else uses it")
+                super().acquire()
+
+        good, bad = GatedStorage(), Elsewhere()
+        with gated(good, bad) as desk:
+            bad.gate.clear()
+            desk.driver.disable()
+            desk.configure(set=Configuration.EN)
+            desk.driver.wait_status(ControllerStatus.CFS, ControllerStatus.CFS)
+            assert not good.acquired
+            bad.gate.set()
+            desk.driver.enable()
+            desk.driver.create_queue_pair()
+            assert desk.driver.read(2, 0, 1) == bytes(BLOCK)
+
+
 # Resets
 
 
@@ -141,7 +237,9 @@ class TestReset:
     def _direct(device: Nvme) -> tuple[MessageGuest, NvmeDriver]:
         guest = MessageGuest(device)
         driver = NvmeDriver(DirectRegisters(device), SharedMemory(memoryview(guest.memory)))
-        driver.enable()
+        driver.prepare()
+        driver.hardware.registers.write32(Register.CC, configuration() | Configuration.EN)
+        settle(device)
         driver.create_queue_pair()
         return guest, driver
 
@@ -437,6 +535,27 @@ class TestKeepAlive:
         driver.move(ClientRegisters(there.client), SharedMemory(there.memory))
 
 
+# The timestamp (5.21.1.14)
+
+
+def test_a_timestamp_stands_still_with_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a destination has waited: it goes on from what it was, and says that it may have missed some."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    here, there = Timestamp(), Timestamp()
+    there.run(False)
+    here.set(5_000)
+    now += 1
+    here.run(False)
+    now += 60
+    there.value = here.value
+    now += 60
+    there.run(True)
+    now += 1
+    assert there.value & (1 << 48) - 1 == 7_000
+    assert there.value >> 48 == 0b011
+
+
 # Fused commands
 
 
@@ -522,12 +641,18 @@ def test_many_commands_that_need_no_waiting_are_done_in_pieces() -> None:
     storage = Quick()
     with gated(storage) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
         queue = desk.driver.create_queue_pair(1024)
-        desk.device.executor.held = True
+        desk.bus_master(False)
         queue.submit_many([read_of(buffer)] * 128)
-        desk.nudge()
-        desk.device.executor.held = False
-        desk.in_device(desk.device.executor.work)
-        assert len(storage.calls) < 128
+        executor, seen = desk.device.executor, list[int]()
+
+        def work_once() -> None:
+            executor.held = False
+            executor.work()
+            seen.append(len(storage.calls))
+
+        desk.in_device(work_once)
+        assert seen[0] < 128
+        desk.bus_master(True)
         queue.drain()
         assert len(storage.calls) == 128
 
@@ -606,3 +731,48 @@ def test_a_namespace_that_cannot_be_left_whole_goes_all_the_same() -> None:
 def test_no_such_namespace() -> None:
     with gated(GatedStorage()) as desk, pytest.raises(KeyError):
         desk.in_device(lambda: desk.device.remove_namespace(2))
+
+
+# What is logged
+
+
+def test_lines_that_come_again_and_again_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    complaints = Complaints(logging.getLogger("vfio_user"), lambda: now)
+    for now in (0.0, 0.1, 0.9, 1.0, 1.5, 3.0, 3.1):
+        complaints.about("one", now)
+        complaints.about("another", now)
+    assert [text for text in caplog.messages if text.startswith("one")] == [
+        "one: 0.0",
+        "one: 1.0 (and 2 times more before)",
+        "one: 3.0 (and 1 times more before)",
+    ]
+    assert len(caplog.messages) == 6
+
+
+def test_a_guest_that_fails_its_controller_all_the_time(caplog: pytest.LogCaptureFixture) -> None:
+    """Two register writes, a line in the log: it could fill a disk."""
+    with gated(GatedStorage()) as desk:
+        desk.driver.disable()
+        for _ in range(200):
+            desk.guest.write32(Register.CC, Configuration.EN | Configuration.CSS)
+            desk.driver.wait_status(ControllerStatus.CFS, ControllerStatus.CFS)
+            desk.driver.disable()
+        desk.driver.enable()
+    assert 1 <= sum("the controller failed" in text for text in caplog.messages) < 50
+
+
+def test_a_storage_that_fails_with_every_command(caplog: pytest.LogCaptureFixture) -> None:
+    """The controller's own log, and SMART, have all of it; the server's has a line a second."""
+
+    class Failing(GatedStorage):
+        def read(self, offset: int, views: Views) -> None:
+            raise OSError(errno.EIO, "scratched")
+
+    with gated(Failing()) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
+        tickets = desk.driver.create_queue_pair(512).submit_many([read_of(buffer)] * MANY)
+        assert {status_of(desk.driver, ticket) for ticket in tickets} == {"UNRECOVERED_READ_ERROR"}
+        assert int.from_bytes(desk.driver.log_page(LogPage.SMART_HEALTH, 512)[176:192], "little") == MANY
+    lines = [text for text in caplog.messages if "scratched" in text]
+    assert lines[0].startswith("the storage of namespace 1 failed")
+    assert len(lines) < MANY / 10

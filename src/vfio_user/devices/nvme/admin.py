@@ -12,6 +12,7 @@ from vfio_user.devices.nvme.constants import (
     CQE_SIZE,
     SQE_SIZE,
     AdminOpcode,
+    AsyncEvent,
     Feature,
     Identify,
     LogPage,
@@ -20,7 +21,7 @@ from vfio_user.devices.nvme.constants import (
 from vfio_user.devices.nvme.data import GuestData, data_ranges, prp_list
 from vfio_user.devices.nvme.doorbells import DoorbellBuffers
 from vfio_user.devices.nvme.execution import LATER, Handler, Later
-from vfio_user.devices.nvme.features import CAPABILITIES, CURRENT, RULES, known_feature
+from vfio_user.devices.nvme.features import CAPABILITIES, CURRENT, RULES, TEMPERATURE_NOTICES, known_feature
 from vfio_user.devices.nvme.logs import commands_page, firmware_page
 from vfio_user.devices.nvme.namespaces import BLOCK_SIZES, MAX_NAMESPACES, Namespace, active_namespace
 from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
@@ -70,7 +71,7 @@ class AdminCommands:
         }
         self._pages: dict[LogPage, Callable[[], bytes]] = {
             LogPage.ERROR_INFORMATION: controller.logs.error_page,
-            LogPage.SMART_HEALTH: lambda: controller.logs.health_page(warm=controller.too_warm),
+            LogPage.SMART_HEALTH: lambda: controller.logs.health_page(warm=controller.features.too_warm),
             LogPage.FIRMWARE_SLOT: firmware_page,
             LogPage.CHANGED_NAMESPACES: controller.logs.changed_page,
             LogPage.COMMANDS_SUPPORTED: lambda: commands_page(self.handlers, controller.io.handlers),
@@ -99,14 +100,21 @@ class AdminCommands:
         pages = prp_list(memory, command.data1, -(-size // per_page), page_size)
         return Ring(memory, pages, per_page, entry_size, size)
 
-    def _new_number(self, command: Command, taken: Container[int]) -> int:
+    @staticmethod
+    def _new_number(command: Command, taken: Container[int], granted: int) -> int:
         number = command.cdw10 & 0xFFFF
-        check(0 < number <= self._controller.queues and number not in taken, Status.INVALID_QUEUE_IDENTIFIER)
+        check(0 < number <= granted and number not in taken, Status.INVALID_QUEUE_IDENTIFIER)
         return number
+
+    @property
+    def _granted(self) -> tuple[int, int]:
+        """The highest numbers of submission and of completion queues (5.21.1.7)."""
+        granted = self._controller.features.get(Feature.NUMBER_OF_QUEUES)
+        return (granted & 0xFFFF) + 1, (granted >> 16) + 1
 
     def _create_completions(self, queue: SubmissionQueue, command: Command) -> int:
         queues, vector = self._executor.completions, command.cdw11 >> 16
-        number = self._new_number(command, queues)
+        number = self._new_number(command, queues, self._granted[1])
         interrupts = bool(command.cdw11 & INTERRUPTS_ENABLED)
         check(vector < self._controller.interrupt_vectors, Status.INVALID_INTERRUPT_VECTOR)
         ring = self._ring(command, CQE_SIZE, _CQ_SIZE_FIELD)
@@ -115,7 +123,7 @@ class AdminCommands:
 
     def _create_submissions(self, queue: SubmissionQueue, command: Command) -> int:
         queues = self._executor.submissions
-        number = self._new_number(command, queues)
+        number = self._new_number(command, queues, self._granted[0])
         completions = self._executor.completions.get(command.cdw11 >> 16)
         if completions is None or not completions.number:
             raise CommandError(Status.COMPLETION_QUEUE_INVALID)
@@ -144,7 +152,7 @@ class AdminCommands:
         check(number > 0 and number in self._executor.completions, Status.INVALID_QUEUE_IDENTIFIER)
         check(not self._executor.completions[number].users, Status.INVALID_QUEUE_DELETION)
         del self._executor.completions[number]
-        self._controller.follow_completions()
+        self._controller.follow_pin()  # the reason for it may be gone with the queue
         return 0
 
     # Identify (5.15)
@@ -178,9 +186,9 @@ class AdminCommands:
         check(offset <= len(content))
         content = content[offset : offset + min(length, identify.MAX_DATA)]
         self._data(command, len(content)).write(content)
+        if page is LogPage.CHANGED_NAMESPACES:
+            self._controller.logs.changed.clear()  # those since the last time that it was read, in whatever way
         if not command.cdw10 & RETAIN_EVENT:
-            if page is LogPage.CHANGED_NAMESPACES:
-                self._controller.logs.changed.clear()
             self._controller.events.page_read(page)
         return 0
 
@@ -190,7 +198,7 @@ class AdminCommands:
         feature, select = known_feature(command.cdw10 & 0xFF), command.cdw10 >> 8 & 7
         if feature is Feature.TIMESTAMP and select != CAPABILITIES:
             check(select < CAPABILITIES)
-            value = self._controller.timestamp if select == CURRENT else 0
+            value = self._controller.timestamp.value if select == CURRENT else 0
             self._data(command, _TIMESTAMP_SIZE).write(value.to_bytes(_TIMESTAMP_SIZE, "little"))
             return 0
         return self._controller.features.select(feature, select, command.cdw11)
@@ -201,7 +209,7 @@ class AdminCommands:
         check(RULES[feature].per_namespace or command.nsid in (0, ALL_NAMESPACES), _NOT_OF_NAMESPACES)
         controller, features = self._controller, self._controller.features
         if feature is Feature.TIMESTAMP:
-            controller.set_timestamp(int.from_bytes(self._data(command, _TIMESTAMP_SIZE).read()[:6], "little"))
+            controller.timestamp.set(int.from_bytes(self._data(command, _TIMESTAMP_SIZE).read()[:6], "little"))
             return 0
         if feature is Feature.NUMBER_OF_QUEUES:
             check(len(self._executor.completions) == 1, Status.COMMAND_SEQUENCE_ERROR)
@@ -216,8 +224,8 @@ class AdminCommands:
         controller.follow_feature(feature)
         if feature is Feature.VOLATILE_WRITE_CACHE and not features.get(feature):
             return self._executor.later(queue, command, self._controller.flush)
-        if feature is Feature.TEMPERATURE_THRESHOLD:
-            controller.check_temperature()
+        if feature is Feature.TEMPERATURE_THRESHOLD and features.too_warm:
+            controller.tell(AsyncEvent.TEMPERATURE_THRESHOLD, TEMPERATURE_NOTICES)
         return 0
 
     # Others
@@ -259,6 +267,8 @@ class AdminCommands:
         everything = command.nsid == ALL_NAMESPACES
         targets = list(self._controller.namespaces.values()) if everything else [self._namespace(command)]
         for namespace in targets:
+            if namespace.formatting:
+                raise CommandError(Status.FORMAT_IN_PROGRESS, retry=True)
             check(not namespace.storage.read_only, Status.NAMESPACE_WRITE_PROTECTED)
             size, least = namespace.storage.size, namespace.storage.block_size
             check(not size % BLOCK_SIZES[number] and not BLOCK_SIZES[number] % least, Status.INVALID_FORMAT)

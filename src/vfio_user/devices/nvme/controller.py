@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import uuid
 from collections.abc import Iterator, Sequence
-from functools import partial
+from contextlib import suppress
 
 from vfio_user.device import Bar, Device, option, parse_size, register, state
 from vfio_user.devices.nvme.admin import AdminCommands
 from vfio_user.devices.nvme.command import Command
+from vfio_user.devices.nvme.complaints import Complaints
 from vfio_user.devices.nvme.constants import (
     CQE_SIZE,
     DOORBELLS,
@@ -28,7 +28,7 @@ from vfio_user.devices.nvme.constants import (
 from vfio_user.devices.nvme.doorbells import HEAD, STRIDE
 from vfio_user.devices.nvme.events import AsyncEvents
 from vfio_user.devices.nvme.execution import MAX_BURST, Executor
-from vfio_user.devices.nvme.features import NAMESPACE_NOTICES, TEMPERATURE, UNDER_THRESHOLD, Features
+from vfio_user.devices.nvme.features import MAX_QUEUES, NAMESPACE_NOTICES, Features, Timestamp
 from vfio_user.devices.nvme.identify import MODEL_LENGTH, SERIAL_LENGTH, ControllerIdentity
 from vfio_user.devices.nvme.io import IoCommands
 from vfio_user.devices.nvme.keep_alive import KeepAlive
@@ -37,6 +37,7 @@ from vfio_user.devices.nvme.metering import Meter
 from vfio_user.devices.nvme.namespaces import MAX_NAMESPACES, Namespace
 from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
 from vfio_user.devices.nvme.saving import PART_HEAD, restore, saved
+from vfio_user.devices.nvme.standstill import HOST_RINGS, Halt, is_mapped, overlaps, queue_memory
 from vfio_user.devices.nvme.storage import open_storage
 from vfio_user.devices.nvme.storage.base import Storage
 from vfio_user.devices.nvme.storage.memory import MemoryStorage
@@ -49,11 +50,15 @@ from vfio_user.wire.constants import DeviceState, MigrationFlags
 
 logger = logging.getLogger("vfio_user.devices.nvme")
 
-MAX_QUEUES = 64
-"""I/O queue pairs."""
 MAX_QUEUE_SIZE = 1024
 QUIESCE_TIMEOUT = 20.0
 """Seconds that the storage may take for what is under way when all must stand still."""
+AT_ONCE = 0.05
+"""Seconds that a client does not mind to wait with any access."""
+BUS_MASTER_TIMEOUT = 1.0
+"""Seconds that it may take where the host waits for it with a write to config space: less than a VMM's patience."""
+CLOSE_TIMEOUT = 1.0
+"""Seconds that it may take where the controller is given up."""
 PART = 1 << 20
 """Bytes of memory that are sent at once."""
 MEMORY = "memory:"
@@ -73,9 +78,6 @@ _SHUTDOWN = Configuration.SHN
 _UNCHANGEABLE = int(Configuration.CSS | Configuration.AMS)
 _FIXED = int(Configuration.CSS | Configuration.AMS | Configuration.MPS)
 """What can be set while the controller is disabled only (3.1.5)."""
-_SMART_TEMPERATURE = 1 << 1
-_SET_BY_HOST = 1 << 1 << 48
-"""Origin of a timestamp (5.21.1.14)."""
 
 
 def _serial_of(path: str) -> str:
@@ -148,15 +150,19 @@ class Nvme(Device):
         self.interrupt_vectors = self.msix_vectors
         self.features = Features(self.queues)
         self.logs = Logs()
-        self.executor = Executor(self, Workers(self.threads, lambda: self.post(self.executor.land)))
-        self.events = AsyncEvents(self.executor.answer)
+        self._complaints = Complaints(logger)
+        self.executor = Executor(self, Workers(self.threads, lambda: self.post(self._land)))
+        self.events = AsyncEvents(self._answer)
         self.keep_alive = KeepAlive(lambda: self.post(self._abandoned))
         self.io = IoCommands(self.executor, self.dma, self.namespaces, self.features, self.logs.health)
         self._admin = AdminCommands(self)
         self.executor.handle(self._admin.handlers, self.io.handlers, self.io.compare_and_write, self.io.together)
         self._meter: Meter | None = None
-        self._timestamp, self._set_at = 0, time.monotonic()
-        self._stopped_at: float | None = None
+        self.timestamp = Timestamp()
+        self._halts = Halt(0)
+        self._beginning: object = None
+        """Which attempt to enable the controller is under way."""
+        self._follow_bus_master()
         try:
             for number, path in enumerate(filter(None, [self.path, *self.more.split(",")])):
                 # Of the others, those that are there have sizes of their own.
@@ -167,11 +173,19 @@ class Nvme(Device):
             raise
 
     def close(self) -> None:
-        """Give back storages and threads."""
-        self.executor.workers.close()
+        """Give back storages and threads. Storages that do not end what they are at stay open: with its descriptor
+        closed under it, a write could go on in another file.
+        """
         self.keep_alive.stop()
-        for namespace in self.namespaces.values():
-            namespace.storage.close()
+        self.executor.clear()  # what no worker has begun never will be
+        try:
+            self.executor.workers.wait(CLOSE_TIMEOUT)
+        except OSError as error:
+            logger.error("the storage is not closed: %s", error)
+        else:
+            for namespace in self.namespaces.values():
+                namespace.storage.close()
+        self.executor.workers.close()
 
     # Namespaces
 
@@ -190,7 +204,7 @@ class Nvme(Device):
         identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.identity.qualified_name}#{number}")
         try:
             namespace = Namespace(number, storage, self.block_size, identity)
-            if self.executor.enabled:
+            if self.executor.enabled and self._runs:
                 storage.acquire()
         except BaseException:
             storage.close()
@@ -207,14 +221,13 @@ class Nvme(Device):
         has changed) or cannot make it durable.
         """
         storage = self.namespaces[number].storage
-        self.executor.quiesce(QUIESCE_TIMEOUT)
+        self.quiesce()
         del self.namespaces[number]
         try:
             storage.release()
         finally:
             storage.close()
             self._changed(number)
-            self.defer(self._work)
 
     def _open(self, path: str, size: int) -> Storage:
         wanted = size or (MEMORY_SIZE if path == MEMORY else None)
@@ -228,9 +241,7 @@ class Nvme(Device):
 
     def _changed(self, number: int) -> None:
         self.logs.changed.add(number)
-        if self.features.get(Feature.ASYNC_EVENT_CONFIGURATION) & NAMESPACE_NOTICES:
-            self.events.add(AsyncEvent.NAMESPACE_ATTRIBUTE_CHANGED)
-            self.executor.send_interrupts()
+        self.tell(AsyncEvent.NAMESPACE_ATTRIBUTE_CHANGED, NAMESPACE_NOTICES)
 
     # Registers
 
@@ -242,7 +253,7 @@ class Nvme(Device):
     @intms.on_write
     def _mask(self, old: int, new: int) -> None:
         self.interrupt_mask |= new
-        self._set_pin()
+        self.follow_pin()
 
     @intmc.on_write
     def _unmask(self, old: int, new: int) -> None:
@@ -250,7 +261,7 @@ class Nvme(Device):
         for queue in self.executor.completions.values():
             if queue.pending and new >> queue.vector & 1:
                 self.completed(queue)
-        self._set_pin()
+        self.follow_pin()
 
     @cc.on_write
     def _configure(self, old: int, new: int) -> None:
@@ -274,9 +285,16 @@ class Nvme(Device):
             return
         to_do = self.executor.ring(queue, int.from_bytes(data, "little"), head=which == HEAD)
         if which == HEAD and self.irq.asserted:
-            self._set_pin()
-        if to_do:
+            self.follow_pin()
+        if self.executor.held:
+            self.defer(self._rung)
+        elif to_do:
             self.defer(self._work)
+
+    def _rung(self) -> None:
+        """The host knows where its queues are, whatever came in between."""
+        self._resume(HOST_RINGS)
+        self._work()
 
     def look_for_work(self, last: bool) -> bool:
         """Shadow doorbells, which the host need not ring then."""
@@ -291,9 +309,72 @@ class Nvme(Device):
 
     def _after_work(self) -> None:
         if self.irq.asserted:  # the host may have said in memory alone that it took what there was
-            self._set_pin()
+            self.follow_pin()
         self.events.deliver()  # there may be room for a completion now
         self.executor.send_interrupts()
+
+    def _land(self) -> None:
+        """Workers have ended something."""
+        if not (self.executor.held and self._withheld):
+            self.executor.land()
+
+    def _answer(self, cid: int, result: int) -> bool:
+        return not self.executor.held and self.executor.answer(cid, result)
+
+    # Standing still
+
+    def _halt(self, reason: Halt) -> None:
+        self._halts |= reason
+        self.executor.held = True
+
+    def _resume(self, reasons: Halt) -> None:
+        """Those are no reasons any more: with the last one, what waits is carried out."""
+        halts, self._halts = self._halts, self._halts & ~reasons
+        self.executor.held = bool(self._halts)
+        if halts and not self._halts:
+            self.defer(self._go_on)
+
+    def _go_on(self) -> None:
+        self._land()
+        self._work()
+
+    @property
+    def _withheld(self) -> bool:
+        """Whether what workers have ended is not to be completed for now: completions are DMA, unless of no queue."""
+        return bool(self._halts & Halt.BUS_MASTER and self.executor.submissions)
+
+    def on_config_write(self, offset: int, length: int) -> None:
+        self._follow_bus_master()
+
+    def _follow_bus_master(self) -> None:
+        if self.config.bus_master and not self.config.asleep:
+            self._resume(Halt.BUS_MASTER)
+        elif not self._halts & Halt.BUS_MASTER:
+            self._end_dma()
+
+    def _end_dma(self) -> None:
+        """The host allows no DMA any more, or put the device to sleep. What is under way ends before its write does, if
+        it can; else, workers may still move data, and it is completed when DMA is allowed again.
+        """
+        self._halt(Halt.BUS_MASTER)
+        if not self.executor.submissions:
+            return
+        try:
+            self._await_workers(BUS_MASTER_TIMEOUT)
+        except OSError as error:
+            logger.warning("DMA goes on without the bus master bit: %s", error)
+
+    def _await_workers(self, timeout: float) -> None:
+        """Complete all that they are at now; also from within a completion, where DMA by messages serves the client.
+
+        Raises OSError(ETIMEDOUT).
+        """
+        self.executor.workers.wait(timeout)
+        self.executor.land()
+
+    def disconnected(self) -> None:
+        super().disconnected()
+        self._halt(Halt.CLIENT)
 
     def register_names(self, region: int, offset: int, length: int) -> Sequence[str]:
         queue, which = divmod(offset - DOORBELLS, STRIDE)
@@ -317,8 +398,37 @@ class Nvme(Device):
         return 4096 << (self.cc >> 7 & 0xF)
 
     def _enable(self) -> None:
-        """CC.EN became 1 (7.6.1): done when a reset before it is."""
-        self.executor.when(self.executor.idle, self._begin)
+        """CC.EN became 1 (7.6.1): done when a reset before it is, and the storage is ours, which can take its time."""
+        self._beginning = object()
+        self.executor.when(self.executor.idle, self._acquire)
+
+    def _acquire(self) -> None:
+        namespaces, beginning = tuple(self.namespaces.values()), self._beginning
+
+        def acquire() -> int:
+            try:
+                for namespace in namespaces:
+                    namespace.storage.acquire()
+            except OSError:
+                self._release()
+                raise
+            return 0
+
+        def acquired(result: int, error: BaseException | None) -> None:
+            if self._beginning is not beginning:
+                return  # the host has thought better of it
+            if error is None and namespaces != tuple(self.namespaces.values()):
+                self._acquire()
+                return
+            self._beginning = None
+            if error is not None:
+                self.fatal(f"its storage cannot be had: {error}")
+            else:
+                self._begin()
+
+        self.executor.workers.start(acquire, acquired)
+        with suppress(TimeoutError):  # most often there is nothing to wait for
+            self._await_workers(AT_ONCE)
 
     def _begin(self) -> None:
         submissions, completions = (self.aqa & 0xFFF) + 1, (self.aqa >> 16) + 1
@@ -326,8 +436,6 @@ class Nvme(Device):
         known = not self.cc & _UNCHANGEABLE and self.page_size <= _MAX_PAGE
         if not aligned or not known or min(submissions, completions) < 2:
             self.fatal("it was enabled with a configuration that it does not have")
-            return
-        if not self._acquire():
             return
         self.io.page_size = self.page_size
         ring = Ring(self.dma, [self.acq], completions, CQE_SIZE, completions)
@@ -343,17 +451,23 @@ class Nvme(Device):
         """CC.EN became 0, a controller reset (7.3.2): done when nothing is under way any more, and all is durable."""
         self._forget()
         self.interrupt_mask = 0
-        self._set_pin()
+        self.follow_pin()
         self.csts = status | self.csts & (ControllerStatus.NSSRO | ControllerStatus.RDY)
         self._let_go()
 
     def _forget(self) -> None:
         """Everything that a host had set up is no more."""
+        withheld = self._withheld
+        self._beginning = None
         self.executor.clear()
         self.executor.burst = MAX_BURST
         self.events.reset()
         self.features.reset()
+        self.timestamp.value = 0
         self.keep_alive.stop()
+        self._resume(HOST_RINGS)
+        if withheld:
+            self.defer(self._land)
 
     def _let_go(self) -> None:
         """Leave the storage to others when nothing is under way any more: then a reset is done."""
@@ -380,28 +494,18 @@ class Nvme(Device):
     def _shut_down_now(self) -> None:
         def flushed(result: int, error: BaseException | None) -> None:
             if error is not None:
-                logger.error("what was written is not safe: %s", error)
+                self._complaints.about("what was written is not safe", error, logging.ERROR)
             if self.csts & ControllerStatus.SHST_OCCURRING:  # a reset may have come in between
                 self.csts = self.csts & ~ControllerStatus.SHST | ControllerStatus.SHST_COMPLETE
 
         self.executor.workers.start(self.flush, flushed)
-
-    def _acquire(self) -> bool:
-        try:
-            for namespace in self.namespaces.values():
-                namespace.storage.acquire()
-        except OSError as error:
-            self._release()
-            self.fatal(f"its storage cannot be had: {error}")
-            return False
-        return True
 
     def _release(self) -> None:
         for namespace in tuple(self.namespaces.values()):  # a worker does this, and one may be added meanwhile
             try:
                 namespace.storage.release()
             except OSError as error:
-                logger.error("%s: what was written is not safe: %s", namespace.storage.name, error)
+                self._complaints.about(f"{namespace.storage.name}: what was written is not safe", error, logging.ERROR)
 
     def _abandoned(self) -> None:
         if not self.keep_alive.overdue:
@@ -420,7 +524,7 @@ class Nvme(Device):
         if not queue.interrupts:
             return
         if self.executor.pin:
-            self._set_pin()
+            self.follow_pin()
         elif not self.interrupt_mask >> queue.vector & 1 or self.config.msix_enabled:
             self.irq.trigger(queue.vector)
 
@@ -430,12 +534,15 @@ class Nvme(Device):
         if status & 0x7FF in (Status.WRITE_FAULT, Status.UNRECOVERED_READ_ERROR):
             self.logs.health.media_errors += 1
 
+    def storage_failed(self, number: int, error: OSError) -> None:
+        self._complaints.about(f"the storage of namespace {number} failed", error)
+
     def come_back(self) -> None:
         self.post(self._work)
 
     def fatal(self, reason: str) -> None:
         """Nothing goes on until the host resets the controller (CSTS.CFS)."""
-        logger.error("the controller failed: %s", reason)
+        self._complaints.about("the controller failed", reason, logging.ERROR)
         self.executor.enabled = False
         self.csts |= ControllerStatus.CFS
 
@@ -446,14 +553,9 @@ class Nvme(Device):
 
     def invalid_doorbell(self, event: AsyncEvent) -> None:
         """A host rang what is not there, or beyond what is."""
-        self.events.add(event)
-        self.executor.send_interrupts()
+        self._tell(event)
 
-    def follow_completions(self) -> None:
-        """A completion queue is gone, and with it perhaps the reason for an interrupt."""
-        self._set_pin()
-
-    def _set_pin(self) -> None:
+    def follow_pin(self) -> None:
         """INTx is asserted as long as there is a completion that the host has not taken (7.5.1)."""
         queues = self.executor.completions.values()
         if any(q.pending and q.interrupts and not self.interrupt_mask >> q.vector & 1 for q in queues):
@@ -464,19 +566,14 @@ class Nvme(Device):
 
     # What admin commands ask
 
-    @property
-    def timestamp(self) -> int:
-        """Milliseconds and attributes, as GET FEATURES gives them (5.21.1.14)."""
-        now = time.monotonic() if self._stopped_at is None else self._stopped_at  # what stands still has no clock
-        elapsed = int((now - self._set_at) * 1000)
-        return (self._timestamp & (1 << 48) - 1) + elapsed & (1 << 48) - 1 | self._timestamp & _SET_BY_HOST
+    def tell(self, event: AsyncEvent, notices: int) -> None:
+        """Tell the host of an event, if it wants such notices."""
+        if self.features.get(Feature.ASYNC_EVENT_CONFIGURATION) & notices:
+            self._tell(event)
 
-    def set_timestamp(self, milliseconds: int) -> None:
-        self._timestamp, self._set_at = milliseconds | _SET_BY_HOST, time.monotonic()
-
-    def restore_timestamp(self, value: int) -> None:
-        """Go on from what :attr:`timestamp` was elsewhere."""
-        self._timestamp, self._set_at = value, self._stopped_at or time.monotonic()
+    def _tell(self, event: AsyncEvent) -> None:
+        self.events.add(event)
+        self.executor.send_interrupts()
 
     def follow_feature(self, feature: Feature) -> None:
         """Do what a feature means that was just set, or has come along."""
@@ -484,17 +581,6 @@ class Nvme(Device):
             self.executor.burst = min(1 << (self.features.get(feature) & 7), MAX_BURST)
         elif feature is Feature.KEEP_ALIVE_TIMER:
             self.keep_alive.set(self.features.get(feature))
-
-    @property
-    def too_warm(self) -> bool:
-        """Whether the temperature, which never changes, has passed a threshold of the host's (5.21.1.4)."""
-        threshold = partial(self.features.get, Feature.TEMPERATURE_THRESHOLD)
-        return not threshold(UNDER_THRESHOLD) < TEMPERATURE < threshold()
-
-    def check_temperature(self) -> None:
-        """The host set a threshold: tell it if that is passed."""
-        if self.too_warm and self.features.get(Feature.ASYNC_EVENT_CONFIGURATION) & _SMART_TEMPERATURE:
-            self.events.add(AsyncEvent.TEMPERATURE_THRESHOLD)
 
     def flush(self) -> int:
         """Make everything durable; a worker does it. Raises OSError."""
@@ -511,22 +597,36 @@ class Nvme(Device):
     def dma_map(self, flags: int, offset: int, address: int, size: int, fd: OwnedFd | None) -> None:
         self.executor.forget_windows()
         super().dma_map(flags, offset, address, size, fd)
+        if self._halts & Halt.MEMORY:
+            self._look_for_memory()
 
     def dma_unmap(self, flags: int, address: int, size: int) -> None:
         self.executor.forget_windows()
         super().dma_unmap(flags, address, size)
+        if not self._halts & Halt.MEMORY and overlaps(queue_memory(self.executor, self.page_size), address, size):
+            self._halt(Halt.MEMORY)
+
+    def _look_for_memory(self) -> None:
+        there = is_mapped(self.dma, queue_memory(self.executor, self.page_size))
+        (self._resume if there else self._halt)(Halt.MEMORY)
 
     def quiesce(self) -> None:
         """Let what is under way end; what waits in the queues is carried out after what asked for this is done."""
-        if not self.executor.idle():
-            self.executor.quiesce(QUIESCE_TIMEOUT)
-            self.defer(self._work)
+        if self.executor.idle():
+            return
+        self._halt(Halt.QUIESCE)
+        try:
+            (self.executor.workers.wait if self._withheld else self.executor.quiesce)(QUIESCE_TIMEOUT)
+        finally:
+            self._resume(Halt.QUIESCE)
 
     def migration_set_state(self, state: DeviceState) -> None:
         """The storage is ours while the device runs: left to the next when it stops, whole, and taken again."""
-        runs, ran = state in RUNNING_STATES, self.migration_get_state() in RUNNING_STATES
-        self.executor.held = not runs
+        runs, ran = state in RUNNING_STATES, self._runs
+        self._halt(Halt.MIGRATION)  # that nothing begins in between
         try:
+            if ran and not runs:
+                self.executor.quiesce(QUIESCE_TIMEOUT)  # what was withheld: it does not travel
             for namespace in self.namespaces.values():
                 if runs and not ran:
                     namespace.storage.acquire()
@@ -536,18 +636,27 @@ class Nvme(Device):
         finally:
             self._follow_migration()
 
+    def reset(self) -> None:
+        super().reset()
+        self._follow_migration()  # a reset ends whatever state there was
+
+    @property
+    def _runs(self) -> bool:
+        return self.migration_get_state() in RUNNING_STATES
+
     def _follow_migration(self) -> None:
-        running = self.migration_get_state() in RUNNING_STATES
-        self.executor.held = not running
-        self._stopped_at = None if running else self._stopped_at or time.monotonic()
-        if not running:
+        """Go on, or stand still, as the migration state says, with registers and queues that may be others."""
+        self.timestamp.run(self._runs)
+        if not self._runs:
+            self._halt(Halt.MIGRATION)
             self.keep_alive.stop()
             self._release()  # nothing is under way
             return
         self.follow_feature(Feature.KEEP_ALIVE_TIMER)
-        if not self.executor.enabled:
+        if not self.executor.enabled and self._beginning is None:
             self._let_go()
-        self.defer(self._work)
+        self._follow_bus_master()
+        self._resume(Halt.MIGRATION)
 
     def pre_copy_start(self) -> None:
         for _, storage in self.carried():
@@ -572,6 +681,8 @@ class Nvme(Device):
 
     def load(self, saved: dict[str, object], pre_copy: Sequence[bytes]) -> None:
         restore(self, saved, pre_copy)
+        self._resume(Halt.CLIENT)  # the guest is that of the stream
+        self._look_for_memory()
 
     def carried(self) -> list[tuple[int, MemoryStorage]]:
         """The namespaces whose content has to be migrated."""

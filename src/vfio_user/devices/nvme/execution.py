@@ -61,6 +61,9 @@ class Controller(Protocol):
     def failed(self, queue: SubmissionQueue, command: Command, status: int) -> None:
         """A command completed with an error."""
 
+    def storage_failed(self, number: int, error: OSError) -> None:
+        """What is behind namespace ``number`` failed with a command."""
+
     def come_back(self) -> None:
         """Have :meth:`Executor.work` called again, after whatever else there is to do."""
 
@@ -183,7 +186,7 @@ class Executor:
     def _carry_out_all(self, queue: SubmissionQueue, entries: Sequence[Entry], until: float) -> bool:
         """Commands, those that are alike at one go. False: the next one must wait for others."""
         position, single = 0, 0 if queue.number and len(entries) > 1 else len(entries)
-        while position < len(entries) and queue.alive and self.enabled and time.monotonic() < until:
+        while position < len(entries) and self._goes_on(queue) and time.monotonic() < until:
             if position == single:
                 done, others = self._together(entries[position:], queue.busy)
                 if done:
@@ -199,6 +202,10 @@ class Executor:
             self._fetched(queue)
             self._carry_out(queue, command)
         return True
+
+    def _goes_on(self, queue: SubmissionQueue) -> bool:
+        """Whether one more command may be fetched: the client is served meanwhile, where DMA goes by messages."""
+        return queue.alive and self.enabled and not self.held
 
     @staticmethod
     def _fetched(queue: SubmissionQueue, count: int = 1) -> None:
@@ -239,7 +246,7 @@ class Executor:
         except Exception as error:
             self._fetched(queue)
             self._fetched(queue)
-            self._end_both(queue, (first, second), _both_failed(error, first))
+            self._end_both(queue, (first, second), self._both_failed(error, first))
             return True
         if work is None:
             return False
@@ -260,11 +267,15 @@ class Executor:
             self._alone = False
             for command in pair:
                 queue.busy.pop(command.cid, None)
-            self._end_both(queue, pair, _both_failed(error, pair[0]) if error is not None else found[0])
+            self._end_both(queue, pair, self._both_failed(error, pair[0]) if error is not None else found[0])
 
         self._alone = True
         job = self.workers.start(worked, landed)
         queue.busy.update((command.cid, job) for command in pair)
+
+    def _both_failed(self, error: BaseException, first: Command) -> Statuses:
+        """The statuses of two fused commands that could not be carried out."""
+        return self._status_of(error, first), Status.ABORTED_FAILED_FUSED
 
     def _end_both(self, queue: SubmissionQueue, pair: tuple[Command, Command], statuses: Statuses) -> None:
         for command, status in zip(pair, statuses, strict=True):
@@ -356,7 +367,12 @@ class Executor:
 
     def refuse(self, queue: SubmissionQueue, command: Command, error: BaseException) -> None:
         """Complete a fetched command with what an error comes to."""
-        self._end(queue, command, status_of(error, command), getattr(error, "result", 0))
+        self._end(queue, command, self._status_of(error, command), getattr(error, "result", 0))
+
+    def _status_of(self, error: BaseException, command: Command) -> int:
+        if isinstance(error, OSError):
+            self._controller.storage_failed(command.nsid, error)
+        return status_of(error, command)
 
     def _end(self, queue: SubmissionQueue, command: Command, status: int, result: int = 0) -> None:
         self.complete(queue, command.cid, status, result)
@@ -440,7 +456,7 @@ class Executor:
         held, self.held = self.held, True
         deadline = time.monotonic() + timeout
         try:
-            while self.workers:  # what lands may have begun something else: a shutdown its flush
+            while self.workers.left:  # what lands may have begun something else: a shutdown its flush
                 self.workers.wait(max(0.0, deadline - time.monotonic()))
                 self.land()
         finally:
@@ -489,11 +505,6 @@ _MEDIA = frozenset({errno.EIO, errno.EILSEQ, errno.EBADMSG})
 """What a disk says of itself; anything else is a storage that is not there, and may be back."""
 
 
-def _both_failed(error: BaseException, first: Command) -> Statuses:
-    """The statuses of two fused commands that could not be carried out."""
-    return status_of(error, first), Status.ABORTED_FAILED_FUSED
-
-
 def status_of(error: BaseException, command: Command) -> int:
     """The status field, without its phase tag, of a command that ended with ``error``."""
     if isinstance(error, CommandError):
@@ -501,7 +512,6 @@ def status_of(error: BaseException, command: Command) -> int:
     if not isinstance(error, OSError):
         logger.error("command %#x failed", command.opcode, exc_info=error)
         return Status.INTERNAL_ERROR | STATUS_DO_NOT_RETRY
-    logger.warning("the storage of namespace %d failed: %s", command.nsid, error)
     if error.errno in _MEDIA:
         return Status.WRITE_FAULT if command.opcode in _WRITING else Status.UNRECOVERED_READ_ERROR
     return _STATUS_OF_ERRNO.get(error.errno or 0, Status.NAMESPACE_NOT_READY)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from vfio_user.devices.nvme.command import CommandError, check
 from vfio_user.devices.nvme.constants import Feature, Status
+
+MAX_QUEUES = 64
+"""I/O queue pairs that there may be: each with a vector of its own, as the admin queues have."""
 
 KELVIN = 273
 TEMPERATURE = KELVIN + 25
@@ -30,6 +34,8 @@ class FeatureRule:
     per_namespace: bool = False
     selector: int = 0
     """Bits of dword 11 that say which of several values is meant: a vector, a sensor."""
+    every: int = 0
+    """Those that, all of them set, name every one: of which there is the first only. To be set, not to be asked."""
     defaults: Mapping[int, int] = field(default_factory=dict)
     """By selector, where they differ."""
     allowed: Callable[[int], bool] = lambda value: True
@@ -50,6 +56,7 @@ RULES = {
         WARNING_TEMPERATURE,
         0xFFFF,
         selector=_SENSOR | _THRESHOLD,
+        every=_SENSOR,
         defaults={UNDER_THRESHOLD: 0},
         allowed=lambda value: not value & _SENSOR and value & _THRESHOLD in (0, UNDER_THRESHOLD),
     ),
@@ -65,8 +72,10 @@ RULES = {
 }
 """The value of TIMESTAMP alone is not dword 11."""
 
-NAMESPACE_NOTICES = 1 << 8
-"""Of ASYNC_EVENT_CONFIGURATION: tell of changed namespaces."""
+MAX_VALUES = len(RULES) + 1 + MAX_QUEUES
+"""That a host can set: one of each feature, but a temperature's on either side, and one for each vector."""
+TEMPERATURE_NOTICES, NAMESPACE_NOTICES = 1 << 1, 1 << 8
+"""Of ASYNC_EVENT_CONFIGURATION: tell of a temperature that has passed its threshold, of changed namespaces."""
 
 
 class Features:
@@ -90,6 +99,8 @@ class Features:
     def set(self, feature: Feature, dword: int) -> None:
         """Set what dword 11 of the command says. Raises CommandError for a value that it cannot have."""
         rule = RULES[feature]
+        if rule.every and dword & rule.every == rule.every:
+            dword &= ~rule.every
         check(rule.allowed(dword))
         self.values[feature, dword & rule.selector] = dword & rule.settable
 
@@ -103,6 +114,12 @@ class Features:
             return rule.capabilities
         return (self.get(feature, which) if select == CURRENT else self._default(feature, which)) | which
 
+    @property
+    def too_warm(self) -> bool:
+        """Whether the temperature, which never changes, has passed a threshold of the host's (5.21.1.4)."""
+        over, under = (self.get(Feature.TEMPERATURE_THRESHOLD, which) for which in (0, UNDER_THRESHOLD))
+        return not under < TEMPERATURE < over
+
     def reset(self) -> None:
         self.values.clear()
 
@@ -113,3 +130,36 @@ def known_feature(number: int) -> Feature:
         return Feature(number)
     except ValueError:
         raise CommandError(Status.INVALID_FIELD) from None
+
+
+_SET_BY_HOST, _STOOD_STILL = 1 << 1 << 48, 1 << 48
+"""Of a timestamp: its origin, and that it may have stopped counting."""
+_MILLISECONDS = (1 << 48) - 1
+
+
+class Timestamp:
+    """The timestamp feature (5.21.1.14): what the host set, which goes on by itself, unless the device stands still."""
+
+    def __init__(self) -> None:
+        self._goes = True
+        self.value = 0
+
+    @property
+    def value(self) -> int:
+        """Milliseconds and attributes, as GET FEATURES gives them."""
+        elapsed = int((time.monotonic() - self._since) * 1000) if self._goes else 0
+        return self._value & ~_MILLISECONDS | self._value + elapsed & _MILLISECONDS
+
+    @value.setter
+    def value(self, value: int) -> None:
+        self._value, self._since = value, time.monotonic()
+
+    def set(self, milliseconds: int) -> None:
+        """The host sets it."""
+        self.value = milliseconds | _SET_BY_HOST
+
+    def run(self, on: bool) -> None:
+        """Whether it goes on from now on."""
+        if on != self._goes:
+            self.value = self.value | _STOOD_STILL
+            self._goes = on

@@ -18,10 +18,11 @@ from vfio_user.devices.nvme.constants import (
     Feature,
 )
 from vfio_user.devices.nvme.doorbells import DoorbellBuffers
-from vfio_user.devices.nvme.features import RULES
-from vfio_user.devices.nvme.identify import ASYNC_EVENTS, ControllerIdentity
+from vfio_user.devices.nvme.events import LOG_PAGES
+from vfio_user.devices.nvme.features import MAX_QUEUES, MAX_VALUES, RULES
+from vfio_user.devices.nvme.identify import ASYNC_EVENTS, ERROR_LOG_ENTRIES, ControllerIdentity
 from vfio_user.devices.nvme.logs import Count, ErrorEntry, Health
-from vfio_user.devices.nvme.namespaces import BLOCK_SIZES
+from vfio_user.devices.nvme.namespaces import BLOCK_SIZES, MAX_NAMESPACES
 from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _MAX_ADMIN_QUEUE_SIZE = 4096
 U16 = Annotated[int, Meta(ge=0, lt=1 << 16)]
 U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
 U64 = Annotated[int, Meta(ge=0)]  # a stream has no larger ones
+EventType = Annotated[int, Meta(ge=0, lt=len(LOG_PAGES))]
 Text = Annotated[str, Meta(max_length=64)]
 
 
@@ -111,19 +113,19 @@ class SavedController(msgspec.Struct, forbid_unknown_fields=True):
     serial: Text
     model: Text
     enabled: bool
-    completions: Annotated[list[SavedCompletions], Meta(max_length=1 << 16)]
-    submissions: Annotated[list[SavedSubmissions], Meta(max_length=1 << 16)]
+    completions: Annotated[list[SavedCompletions], Meta(max_length=1 + MAX_QUEUES)]
+    submissions: Annotated[list[SavedSubmissions], Meta(max_length=1 + MAX_QUEUES)]
     doorbells: SavedDoorbells | None
-    features: Annotated[list[SavedFeature], Meta(max_length=1 << 12)]
+    features: Annotated[list[SavedFeature], Meta(max_length=MAX_VALUES)]
     timestamp: U64
     requests: Annotated[list[U16], Meta(max_length=ASYNC_EVENTS)]
-    pending: Annotated[list[AsyncEvent], Meta(max_length=16)]
-    masked: Annotated[list[Annotated[int, Meta(ge=0, le=2)]], Meta(max_length=3)]
-    errors: Annotated[list[SavedError], Meta(max_length=64)]
+    pending: Annotated[list[AsyncEvent], Meta(max_length=len(AsyncEvent))]
+    masked: Annotated[list[EventType], Meta(max_length=len(LOG_PAGES))]
+    errors: Annotated[list[SavedError], Meta(max_length=ERROR_LOG_ENTRIES)]
     error_count: Count
     health: Health
-    changed: Annotated[list[U32], Meta(max_length=1 << 12)]
-    namespaces: Annotated[list[SavedNamespace], Meta(max_length=1 << 10)]
+    changed: Annotated[list[U32], Meta(max_length=MAX_NAMESPACES)]
+    namespaces: Annotated[list[SavedNamespace], Meta(max_length=MAX_NAMESPACES)]
 
 
 def saved(device: Nvme) -> dict[str, object]:
@@ -144,7 +146,7 @@ def saved(device: Nvme) -> dict[str, object]:
         ],
         doorbells=None if doorbells is None else SavedDoorbells(doorbells.shadow, doorbells.events),
         features=[SavedFeature(Feature(f), selector, value) for (f, selector), value in device.features.values.items()],
-        timestamp=device.timestamp,
+        timestamp=device.timestamp.value,
         requests=list(events.requests),
         pending=list(events.pending),
         masked=sorted(events.masked),
@@ -192,12 +194,14 @@ def restore(device: Nvme, fields: dict[str, object], parts: Sequence[bytes]) -> 
     doorbells = DoorbellBuffers(device.dma, buffers.shadow, buffers.events) if buffers else None
     executor.clear()
     executor.completions, executor.submissions = completions, submissions
+    for queue in submissions.values():
+        queue.completions.users += 1
     executor.doorbells = doorbells
     executor.enabled = content.enabled
     device.features.values = features
     for feature in {one.feature for one in content.features}:
         device.follow_feature(feature)
-    device.restore_timestamp(content.timestamp)
+    device.timestamp.value = content.timestamp
     device.io.page_size = device.page_size
     events.requests.clear()
     events.requests.extend(content.requests)
@@ -252,7 +256,6 @@ def _submissions(device: Nvme, one: SavedSubmissions, completions: dict[int, Com
     sound = target is not None and bool(target.number) == bool(one.number) and one.number <= device.queues
     if target is None or not sound or max(one.head, one.tail) >= one.ring.size:
         raise ValueError(f"submission queue {one.number} cannot be as it is said to be")
-    target.users += 1
     queue = SubmissionQueue(one.number, _ring(device, one.number, one.ring, SQE_SIZE), target, one.priority)
     queue.head, queue.tail = one.head, one.tail
     return queue

@@ -45,6 +45,11 @@ class Workers:
         """Jobs that have not landed."""
         return len(self._under_way)
 
+    @property
+    def left(self) -> int:
+        """Jobs that nobody was told of yet; from within a completion, its own is none of them."""
+        return len(self._under_way) - self._landing
+
     def start(self, work: Work, landed: Landed) -> Job:
         """Have ``work`` done as soon as a thread is free."""
         job = Job(landed)
