@@ -50,6 +50,9 @@ class Spinning:
     def unwatch(self, fd: int) -> None:
         del self.watched[fd]
 
+    def stop(self) -> None:
+        raise AssertionError
+
     def dma_read(self, address: int, buffer: memoryview) -> None:
         raise AssertionError("there is no memory that is reached by messages")
 

@@ -412,6 +412,9 @@ class Watcher:
     def unwatch(self, fd: int) -> None:
         del self.watches[fd]
 
+    def stop(self) -> None:
+        raise AssertionError
+
     def defer(self, work: Callable[[], None]) -> None:
         raise AssertionError
 

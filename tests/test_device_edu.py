@@ -270,6 +270,9 @@ class Frozen:
     def unwatch(self, fd: int) -> None:
         raise AssertionError
 
+    def stop(self) -> None:
+        raise AssertionError
+
 
 def poke(device: Edu, offset: int, value: int, size: int = 4) -> None:
     device.region_write(0, offset, memoryview(value.to_bytes(size, "little")))

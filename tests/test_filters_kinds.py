@@ -194,7 +194,8 @@ def test_every_command_can_be_refused(backend: MigratableBackend, hook: str) -> 
 @pytest.mark.parametrize("hook", sorted(HOOKS.keys() - COMMAND_HOOKS.keys()))
 def test_what_the_server_asks_for_itself_is_never_refused(backend: MigratableBackend, hook: str) -> None:
     error: Any = Error(backend, all=1.0)
-    getattr(error, hook)(*([None] if hook == "connected" else []))
+    arguments: dict[str, list[Any]] = {"connected": [None], "look_for_work": [True]}
+    getattr(error, hook)(*arguments.get(hook, []))
 
 
 def test_what_a_client_leaves_behind_is_taken_from_the_device(backend: MigratableBackend) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from importlib.util import find_spec
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +13,8 @@ from rich.console import Console
 
 from vfio_user.cli.inspect import timeout_option
 from vfio_user.cli.progress import render
-from vfio_user.cli.reasons import naming
-from vfio_user.client.control import ControlClient
-from vfio_user.errors import CallTimeoutError, MigrationError, NegotiationError, VfioUserError
+from vfio_user.cli.qemu import CALLS_PER_STEP, control, need_qmp, tell_plan
+from vfio_user.errors import MigrationError, VfioUserError
 from vfio_user.live.html import report_html
 from vfio_user.live.report import Status
 from vfio_user.live.text import clean, round_line, verdict
@@ -27,8 +24,6 @@ if TYPE_CHECKING:
     from vfio_user.live.qemu import DevicePair, QemuMigration
 
 MIB = 1 << 20
-CALLS_PER_STEP = 6
-"""What takes as long as that many answers may: a QEMU that loads its machine, a device its state."""
 _ADVICE = "; see whether its guest runs, then: vfio-user qemu-migrate --recover"
 
 
@@ -91,8 +86,7 @@ def qemu_migrate(
     Whatever fails, Ctrl-C too, leaves exactly one guest running. The QEMUs are 11.x, as they are; the second one waits
     with -incoming defer -S, and has the same machine and the same devices in the same places.
     """
-    if find_spec("qemu") is None or find_spec("qemu.qmp") is None:
-        raise click.ClickException("qemu-migrate needs qemu.qmp: pip install 'vfio-user[qemu]'")
+    need_qmp("qemu-migrate")
     from vfio_user.live.qemu import AbsentError, EndedMonitor, Monitor, QemuMigration
 
     def connected_destination() -> Monitor:
@@ -103,7 +97,6 @@ def qemu_migrate(
                 return EndedMonitor("destination")
             raise
 
-    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it has to say is in the errors that it raises
     with ExitStack() as stack:
         job = QemuMigration(
             stack.enter_context(Monitor("source", source, timeout)),
@@ -147,31 +140,14 @@ def _pairs(stack: ExitStack, devices: Sequence[str], timeout: float) -> list[Dev
         paths = device.split(":")
         if len(paths) != 2 or not all(paths):
             raise click.UsageError(f"--device {device}: write SRC:DST")
-        pairs.append(DevicePair(device, *(stack.enter_context(_control(path, timeout)) for path in paths)))
+        pairs.append(DevicePair(device, *(stack.enter_context(control(path, timeout)) for path in paths)))
     return pairs
-
-
-@contextmanager
-def _control(path: str, timeout: float) -> Iterator[ControlClient]:
-    with naming(path):
-        try:
-            client = ControlClient.connect(path, timeout)
-        except (NegotiationError, CallTimeoutError) as error:
-            raise MigrationError(f"{path} is no control socket, as serve --control makes it: {error}") from error
-    with client:
-        yield client
 
 
 def _tell_plan(job: QemuMigration) -> None:
     plan = job.plan()
-    for moving in plan.devices:
-        click.echo(f"device {moving.function.name}: {moving.pair.name}")
-    click.echo(f"memory: {plan.memory >> 20} MiB{', which is not copied' if job.shared_memory else ''}")
-    for obstacle in plan.obstacles:
-        click.echo(f"against it: {clean(obstacle)}")
-    if plan.obstacles:
-        raise MigrationError("it would be refused, and nothing would change")
-    click.echo("nothing stands against it")
+    memory = f"{plan.memory >> 20} MiB{', which is not copied' if job.shared_memory else ''}"
+    tell_plan(((one.function.name, one.pair.name) for one in plan.devices), memory, plan.obstacles)
 
 
 def _follow(job: QemuMigration, console: Console) -> None:

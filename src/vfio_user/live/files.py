@@ -79,7 +79,7 @@ def save(client: Client, file: BinaryIO, *, on_progress: OnProgress = no_progres
     written by then is refused by all who read it. A ``file`` that is slow holds the device up.
     """
     source = Source([client])
-    writer = _Writer(file, Header(package=__version__, device=source.offer(()).devices[0]))
+    writer = Writer(file, Header(package=__version__, device=source.offer(()).devices[0]))
     with _undone_by(source.run, "not saved"):
         source.stop()
         for _, data in source.read_rest():
@@ -226,7 +226,7 @@ class Reader:
         return data
 
 
-class _Writer:
+class Writer:
     """What a :class:`Reader` reads."""
 
     def __init__(self, file: BinaryIO, header: Header) -> None:

@@ -125,6 +125,9 @@ class Link(Protocol):
     def unwatch(self, fd: int) -> None:
         """End a :meth:`watch`; nothing happens if there is none."""
 
+    def stop(self) -> None:
+        """Let the client go when all that was received of it is answered."""
+
     @property
     def spin(self) -> float:
         """Seconds that the server looks around, :meth:`ServerBackend.look_for_work`, before it sleeps; or 0."""

@@ -102,6 +102,7 @@ class Session:
             control.primary = self
         try:
             backend.connected(self)
+            self._context.refresh_access()  # some know only now what they are
         except Exception:
             logger.exception("the device failed in connected()")
             self._channel.stop_receiving()

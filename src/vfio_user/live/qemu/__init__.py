@@ -1,4 +1,6 @@
-"""A running guest of an unmodified QEMU 11 moves with its vfio-user devices, by QMP and control sockets.
+"""A running guest of an unmodified QEMU 11 moves with its vfio-user devices, or into a folder and out of it again.
+
+By QMP and control sockets.
 
 Needs ``qemu.qmp``: ``pip install vfio-user[qemu]``.
 """
@@ -13,7 +15,9 @@ from vfio_user.live.qemu.monitor import (
     MonitorError,
     RefusedError,
 )
-from vfio_user.live.qemu.plan import DevicePair, Plan
+from vfio_user.live.qemu.places import ServedDevice
+from vfio_user.live.qemu.plan import DevicePair, Plan, RestorePlan, SavePlan
+from vfio_user.live.qemu.snapshot import QemuRestore, QemuSave, SnapshotReport
 
 __all__ = [
     "AbsentError",
@@ -25,5 +29,11 @@ __all__ = [
     "MonitorError",
     "Plan",
     "QemuMigration",
+    "QemuRestore",
+    "QemuSave",
     "RefusedError",
+    "RestorePlan",
+    "SavePlan",
+    "ServedDevice",
+    "SnapshotReport",
 ]

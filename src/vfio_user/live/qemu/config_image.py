@@ -1,6 +1,9 @@
 """A config space as bytes: what a VMM must be told of it again, and where the device's BARs and tables are.
 
-Sources: PCI Local Bus Specification 3.0, sections 6.1 (header), 6.2.5 (BARs), 6.7 and 6.8 (capabilities, MSI, MSI-X).
+Sources: PCI Local Bus Specification 3.0, sections 6.1 (header), 6.2.5 (BARs), 6.7 and 6.8 (capabilities, MSI, MSI-X);
+PCI Bus Power Management Interface Specification 1.2, section 3.2.4 (PMCSR).
+
+Of what is beyond 256 bytes a VMM keeps nothing of its own but the list: it is in the device's state.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ INTERRUPT_LINE, INTERRUPT_PIN = 0x3C, 0x3D
 COMMAND_MEMORY, COMMAND_MASTER, COMMAND_INTX_DISABLE = 1 << 1, 1 << 2, 1 << 10
 STATUS_CAPABILITIES = 0x10
 BAR_COUNT, BAR_IO, BAR_64BIT, ROM_ENABLED = 6, 1, 4, 1
-CAP_MSI, CAP_MSIX = 0x05, 0x11
+CAP_POWER, CAP_MSI, CAP_MSIX = 0x01, 0x05, 0x11
+POWER_CONTROL, POWER_STATE, POWER_NO_SOFT_RESET = 4, 0x3, 1 << 3
+POWER_EVENT = 1 << 15
+"""A write of 1 clears it."""
 MSI_ENABLE, MSI_64BIT, MSI_MASKABLE = 1 << 0, 1 << 7, 1 << 8
 MSIX_VECTORS, MSIX_FUNCTION_MASK, MSIX_ENABLE = 0x7FF, 1 << 14, 1 << 15
 MSIX_ENTRY = 16
 _MOST_CAPABILITIES = (SIZE - 0x40) // 4
-_SHORTEST = 12
+_SHORTEST = {CAP_POWER: 8, CAP_MSI: 12, CAP_MSIX: 12}
 """Bytes of the capabilities that are asked for, at least: a longer one that leaves the config space is cut."""
 
 
@@ -79,6 +85,15 @@ class ConfigImage:
         at = self._capability(CAP_MSI)
         msi = at is not None and bool(self.number(at + 2, 2) & MSI_ENABLE)
         return msi or (self.msix is not None and bool(self.msix.control & MSIX_ENABLE))
+
+    @property
+    def sleep(self) -> ConfigWrite | None:
+        """What has put the device to sleep, where it has no BAR mapped any more; None: it is awake."""
+        at = self._capability(CAP_POWER)
+        control = 0 if at is None else self.number(at + POWER_CONTROL, 2)
+        if at is None or not control & POWER_STATE:
+            return None
+        return ConfigWrite(at + POWER_CONTROL, 2, control & ~POWER_EVENT)
 
     @property
     def bars(self) -> tuple[BarAddress, ...]:
@@ -149,9 +164,9 @@ class ConfigImage:
             return None
         at = self.data[CAPABILITIES] & ~3
         for _ in range(_MOST_CAPABILITIES):
-            if not 0x40 <= at <= SIZE - _SHORTEST:
+            if not 0x40 <= at < SIZE:
                 return None
             if self.data[at] == wanted:
-                return at
+                return at if at + _SHORTEST[wanted] <= SIZE else None
             at = self.data[at + 1] & ~3
         return None

@@ -8,6 +8,7 @@ Sources: GDB's manual, appendix E (remote serial protocol); QEMU's ``docs/system
 from __future__ import annotations
 
 import socket
+import time
 from types import TracebackType
 from typing import Self
 
@@ -18,25 +19,32 @@ PIECE = 64
 MAX_PACKET = 16384
 """Bytes of an answer: QEMU's own bound is a quarter of that."""
 
+_LEAST = 1e-3
+"""Seconds to wait: none would mean for ever."""
+
 
 class GdbStub:
-    """A connection to a gdbstub that listens at the UNIX socket ``path``; a context manager.
+    """A connection to a gdbstub, which listens at a UNIX socket or is at the other end of ``place``; a context manager.
 
-    Leaving it, it says no farewell: a debugger that detaches lets the machine run. Raises MigrationError.
+    ``timeout`` in seconds bounds each answer. Leaving, it closes the socket and says no farewell: a debugger that
+    detaches lets the machine run. Raises MigrationError.
     """
 
-    def __init__(self, path: str, timeout: float = 5.0) -> None:
+    def __init__(self, place: str | socket.socket, timeout: float = 5.0) -> None:
         self._pending = bytearray()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._timeout = timeout
+        self._socket = place if isinstance(place, socket.socket) else socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.settimeout(timeout)
-            self._socket.connect(path)
+            if isinstance(place, str):
+                self._socket.connect(place)
             self._ask(b"qSupported")
             self._ask(b"?")
             self._command(b"Qqemu.PhyMemMode:1")
         except OSError as error:
             self._socket.close()
-            raise MigrationError(f"gdbstub at {path}: {error}") from error
+            where = f"gdbstub at {place}" if isinstance(place, str) else "gdbstub"
+            raise MigrationError(f"{where}: {error}") from error
         except BaseException:
             self._socket.close()
             raise
@@ -66,13 +74,15 @@ class GdbStub:
             )
 
     def _ask(self, packet: bytes) -> bytes:
+        deadline = time.monotonic() + self._timeout
+        self._socket.settimeout(self._timeout)
         self._socket.sendall(b"$%s#%02x" % (packet, sum(packet) % 256))
-        answer = self._receive()
+        answer = self._receive(deadline)
         self._socket.sendall(b"+")
         return answer
 
-    def _receive(self) -> bytes:
-        """The next packet, without the acknowledgements before it."""
+    def _receive(self, deadline: float) -> bytes:
+        """The next packet, without the acknowledgements before it. Raises TimeoutError, however much comes."""
         while True:
             start, end = self._pending.find(b"$"), self._pending.find(b"#")
             if 0 <= start < end <= len(self._pending) - 3:
@@ -81,6 +91,7 @@ class GdbStub:
                 return packet
             if len(self._pending) > MAX_PACKET:
                 raise MigrationError("this is no gdbstub: what it says has no end")
+            self._socket.settimeout(max(deadline - time.monotonic(), _LEAST))
             more = self._socket.recv(4096)
             if not more:
                 raise ConnectionError("QEMU hangs up")

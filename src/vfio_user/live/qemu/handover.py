@@ -1,6 +1,6 @@
 """What QEMU loses of a vfio-user device when it migrates: taken at the source, given at the destination.
 
-Both guests stand still meanwhile. The device's own state is not here: it goes from server to server.
+Both guests stand still meanwhile. The device's own state is not here: it goes from server to server, or to a file.
 
 Sources: PCI Local Bus Specification 3.0, sections 6.2.2 (COMMAND) and 6.8.2 (MSI-X table); QEMU's ``hw/vfio/pci.c``:
 what of config space it answers itself, and that an MSI-X table is in QEMU alone.
@@ -22,12 +22,13 @@ from vfio_user.live.qemu.config_image import (
     MSIX_ENABLE,
     MSIX_ENTRY,
     MSIX_FUNCTION_MASK,
+    POWER_NO_SOFT_RESET,
     ConfigImage,
     ConfigWrite,
     MsixTable,
 )
-from vfio_user.live.qemu.machine import Machine
-from vfio_user.live.qemu.plan import MovingDevice, config_image
+from vfio_user.live.qemu.machine import Machine, Path
+from vfio_user.live.qemu.places import config_image, marked
 from vfio_user.wire.constants import IrqSetFlags, PciIrq
 
 WriteMemory = Callable[[int, bytes], None]
@@ -49,11 +50,16 @@ class Handover:
 class SourceDevice:
     """A device whose guest is to leave: call these while it stands still, and its device, too."""
 
-    def __init__(self, machine: Machine, moving: MovingDevice) -> None:
-        self.control: ControlClient = moving.pair.source
+    def __init__(self, machine: Machine, path: Path, control: ControlClient) -> None:
+        self.control = control
         self._machine = machine
-        self._function = machine.locate(moving.function.path)
+        self._function = machine.locate(path)
         self._lowered: int | None = None  # COMMAND, as it was before
+
+    def is_served(self) -> bool:
+        """Whether the control socket is this very device's."""
+        with self._machine.borrowed_ports():
+            return all(marked(self._machine, self._function, [self.control]))
 
     def settle(self) -> None:
         """Return when the server has all that the guest wrote before it stopped."""
@@ -101,7 +107,12 @@ class SourceDevice:
         address = config.address_of(table.bar) if table else None
         if table is None or address is None:
             return b""
-        with self._machine.commanded(self._function, config.command, COMMAND_MEMORY):
+        if config.sleep and not config.sleep.value & POWER_NO_SOFT_RESET:
+            return b""  # when it awakes it is reset, and the table with it
+        with (
+            self._machine.awake(self._function, config.sleep),
+            self._machine.commanded(self._function, config.command, COMMAND_MEMORY),
+        ):
             words = self._machine.memory_words(address + table.offset, table.size // 4)
         data = b"".join(word.to_bytes(4, "little") for word in words)
         return b"" if data == _FRESH_ENTRY * table.vectors else data
@@ -110,12 +121,12 @@ class SourceDevice:
 class DestinationDevice:
     """The device at the other side, once it has its state: call these while the guest stands still there."""
 
-    def __init__(self, machine: Machine, moving: MovingDevice) -> None:
-        self.name = moving.pair.name
-        self.control: ControlClient = moving.pair.destination
+    def __init__(self, machine: Machine, path: Path, name: str, control: ControlClient) -> None:
+        self.name = name
+        self.control = control
         self._machine = machine
-        self._path = moving.function.path
-        self._function = machine.locate(self._path)
+        self._path = path
+        self._function = machine.locate(path)
 
     def program(self, handover: Handover, guest_address: int, write_memory: WriteMemory) -> None:
         """Tell QEMU what the guest had told it. ``guest_address``: what the guest's port 0xcf8 holds."""
@@ -141,6 +152,12 @@ class DestinationDevice:
                 )
         if handover.config.command & COMMAND_MEMORY:
             self._verify_bars(handover.config)
+
+    def put_to_sleep(self, handover: Handover) -> None:
+        """After all else, which takes a device that is awake in QEMU's eyes: it was not, if the guest had it so."""
+        if handover.config.sleep is not None:
+            with self._machine.borrowed_ports():
+                self._machine.config_write(self._function, handover.config.sleep)
 
     def mark_pending(self, handover: Handover) -> None:
         """Have masked MSI-X vectors that a driver has set up fire when they are unmasked.

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import msgspec
 
-from vfio_user.live.qemu.config_image import COMMAND, ConfigWrite
+from vfio_user.live.qemu.config_image import COMMAND, POWER_STATE, ConfigWrite
 from vfio_user.live.qemu.monitor import Monitor, MonitorError, RefusedError
 
 DRIVER = "vfio-user-pci"
@@ -85,6 +86,36 @@ class _MemorySize(msgspec.Struct, frozen=True, rename="kebab"):
     plugged_memory: int = 0
 
 
+class Version(msgspec.Struct, frozen=True):
+    """Of a QEMU."""
+
+    major: int
+    minor: int
+    micro: int
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}.{self.micro}"
+
+
+class _Versions(msgspec.Struct, frozen=True):
+    qemu: Version
+
+
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Text = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^[ -~]*\Z")]
+"""Of which nothing can drive a terminal."""
+
+
+class MachineShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What of a machine must be the same where its guest goes to, besides its devices."""
+
+    kind: Text
+    """The machine's type with its version: ``pc-q35-11.1-machine``."""
+    memory: Bytes
+    backends: dict[Text, Bytes]
+    """The objects that its memory is in: QEMU sends it by their ids."""
+
+
 @dataclass(frozen=True, slots=True)
 class PluggedFunction:
     """A vfio-user device of a machine. ``name`` is its id, or where it is."""
@@ -122,14 +153,18 @@ class Machine:
 
     # What it is
 
-    def kind(self) -> str:
-        """The machine's type with its version: ``pc-q35-11.1-machine``."""
-        return self.monitor.ask(str, "qom-get", path="/machine", property="type")
+    def version(self) -> Version:
+        """Of QEMU."""
+        return self.monitor.ask(_Versions, "query-version").qemu
 
-    def memory_size(self) -> int:
-        """Bytes of RAM."""
+    def shape(self) -> MachineShape:
+        """The machine's type and memory."""
         size = self.monitor.ask(_MemorySize, "query-memory-size-summary")
-        return size.base_memory + size.plugged_memory
+        return MachineShape(
+            kind=self.monitor.ask(str, "qom-get", path="/machine", property="type"),
+            memory=size.base_memory + size.plugged_memory,
+            backends={one.id: one.size for one in self.monitor.ask(list[_Backend], "query-memdev")},
+        )
 
     def unshared_memory(self) -> list[str]:
         """Ids of the RAM that device servers cannot map."""
@@ -262,6 +297,20 @@ class Machine:
         finally:
             with self.borrowed_ports():
                 self.config_write(function, ConfigWrite(COMMAND, 2, command))
+
+    @contextmanager
+    def awake(self, function: PciFunction, sleep: ConfigWrite | None) -> Iterator[None]:
+        """A function that ``sleep`` has put to sleep, if it is not None, is awake within, and its BARs are mapped."""
+        if sleep is None:
+            yield
+            return
+        with self.borrowed_ports():
+            self.config_write(function, replace(sleep, value=sleep.value & ~POWER_STATE))
+        try:
+            yield
+        finally:
+            with self.borrowed_ports():
+                self.config_write(function, sleep)
 
     def barrier(self, function: PciFunction) -> None:
         """Return when the server of a function has all that QEMU sent it: two round trips, the second for interrupts.

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Coroutine
+import time
+from collections.abc import Coroutine, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,6 +21,13 @@ from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError, Runstate
 from vfio_user.errors import MigrationError
 
 T = TypeVar("T")
+
+POLL = 0.02
+"""Seconds between two looks at a QEMU in which nothing seems to happen."""
+MIGRATING = ("setup", "active", "pre-switchover", "device")
+"""What a MigrationInfo's status is while memory or machine are on their way."""
+ENDED = ("completed", "failed", "cancelled", "none")
+"""What it is when QEMU does nothing of that kind any more."""
 
 
 class MonitorError(MigrationError):
@@ -67,6 +75,17 @@ class MigrationInfo(msgspec.Struct, frozen=True, rename="kebab"):
     ram: RamProgress | None = None
     error_desc: str = ""
     blocked_reasons: list[str] = []
+
+
+class Capability(msgspec.Struct, frozen=True):
+    """Of migration, as query-migrate-capabilities tells it and migrate-set-capabilities takes it."""
+
+    capability: str
+    state: bool
+
+
+class _FdSet(msgspec.Struct, frozen=True, rename="kebab"):
+    fdset_id: int
 
 
 class Monitor:
@@ -122,6 +141,48 @@ class Monitor:
     def hmp(self, line: str) -> str:
         """Have a line of the human monitor's done; what it prints."""
         return self.ask(str, "human-monitor-command", command_line=line).strip()
+
+    def set_capabilities(self, wanted: Mapping[str, bool]) -> None:
+        """Switch capabilities of migration on and off."""
+        capabilities = [{"capability": name, "state": state} for name, state in wanted.items()]
+        self.execute("migrate-set-capabilities", capabilities=capabilities)
+
+    @contextlib.contextmanager
+    def lent(self, fd: int) -> Iterator[str]:
+        """An open file, given to QEMU for as long as the block lasts: as an URI for ``migrate``, ``migrate-incoming``.
+
+        So the file needs no path that QEMU could find, and no permission for it. The descriptor's access mode must be
+        that with which QEMU would open it.
+        """
+        self._send(fd)
+        fdset = self.ask(_FdSet, "add-fd").fdset_id
+        try:
+            yield f"file:/dev/fdset/{fdset}"
+        finally:
+            with contextlib.suppress(MonitorError):
+                self.execute("remove-fd", fdset_id=fdset)
+
+    def give(self, fd: int, name: str) -> None:
+        """An open descriptor is QEMU's from now on, under a name."""
+        self._send(fd)
+        self.execute("getfd", fdname=name)
+
+    def _send(self, fd: int) -> None:
+        """To be taken by the next command that takes one."""
+
+        async def send() -> None:
+            self._client.send_fd_scm(fd)
+
+        self._run(send(), "a descriptor")
+
+    def quit(self) -> None:
+        """End this QEMU, and wait for that."""
+        deadline = time.monotonic() + self.timeout
+        with contextlib.suppress(ClosedError):
+            self.execute("quit")
+            while time.monotonic() < deadline:
+                self.wait_event(POLL)
+            raise LateError(f"the {self.name} QEMU does not end within {self.timeout:g} s")
 
     def status(self) -> RunState:
         """Whether the guest runs."""

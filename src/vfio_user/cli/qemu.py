@@ -1,0 +1,89 @@
+"""What the commands that manage a running QEMU have in common: peers, plans, how it went."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from vfio_user.cli.reasons import naming
+from vfio_user.client.control import ControlClient
+from vfio_user.errors import CallTimeoutError, MigrationError, NegotiationError
+from vfio_user.live.text import clean, duration, size
+
+if TYPE_CHECKING:
+    from vfio_user.live.qemu import QemuRestore, QemuSave, ServedDevice, SnapshotReport
+
+CALLS_PER_STEP = 6
+"""What takes as long as that many answers may: a QEMU that loads its machine, a device its state."""
+
+
+def need_qmp(command: str) -> None:
+    """Say what to install where QEMU's library is missing; and have it say nothing itself."""
+    if find_spec("qemu") is None or find_spec("qemu.qmp") is None:
+        raise click.ClickException(f"{command} needs qemu.qmp: pip install 'vfio-user[qemu]'")
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it has to say is in the errors that it raises
+
+
+@contextmanager
+def control(path: str, timeout: float) -> Iterator[ControlClient]:
+    """A connection to a control socket; errors name it."""
+    with naming(path):
+        try:
+            client = ControlClient.connect(path, timeout)
+        except (NegotiationError, CallTimeoutError) as error:
+            raise MigrationError(f"{path} is no control socket, as serve --control makes it: {error}") from error
+    with client:
+        yield client
+
+
+def served(stack: ExitStack, paths: Sequence[str], timeout: float) -> list[ServedDevice]:
+    """The devices behind control sockets."""
+    from vfio_user.live.qemu import ServedDevice
+
+    return [ServedDevice(path, stack.enter_context(control(path, timeout))) for path in paths]
+
+
+def tell_plan(devices: Iterable[tuple[str, str]], memory: str, obstacles: Sequence[str]) -> None:
+    """What a dry run says: the devices by their places and control sockets, the memory, what stands against it."""
+    for place, name in devices:
+        click.echo(f"device {place}: {name}")
+    click.echo(f"memory: {memory}")
+    for obstacle in obstacles:
+        click.echo(f"against it: {clean(obstacle)}")
+    if obstacles:
+        raise MigrationError("it would be refused, and nothing would change")
+    click.echo("nothing stands against it")
+
+
+def carry_out(job: QemuSave | QemuRestore, doing: str, *, as_json: bool) -> None:
+    """Run it, and tell on the terminal what is being done; with ``as_json`` print its report, however it goes."""
+    try:
+        with Console(stderr=True, quiet=as_json).status(doing):
+            job.run()
+    finally:
+        if as_json:
+            click.echo(json.dumps(job.report.as_json()))
+
+
+def tell_outcome(report: SnapshotReport, title: str) -> None:
+    """How saving or restoring went, if it went well."""
+    grid = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("memory", size(report.memory_bytes)),
+        ("device state", size(report.device_state_bytes)),
+        *([("downtime", duration(report.downtime))] if report.downtime else []),
+        *((f"  {cause}", duration(seconds)) for cause, seconds in report.causes.items()),
+        ("total", duration(report.total)),
+    ):
+        grid.add_row(name, Text(value))
+    Console().print(Panel(grid, title=Text(title), border_style="green", expand=False))

@@ -1,0 +1,146 @@
+"""The side that a guest comes to, from another QEMU or from a file: given its devices' states, and started once."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+from vfio_user.errors import CallTimeoutError, CommandError, MigrationError, VfioUserError
+from vfio_user.live.destination import UnconfirmedError
+from vfio_user.live.qemu.gdbstub import GdbStub
+from vfio_user.live.qemu.handover import DestinationDevice, Handover
+from vfio_user.live.qemu.machine import Machine
+from vfio_user.live.qemu.monitor import MigrationInfo, MonitorError, RefusedError
+from vfio_user.live.qemu.places import PlacedDevice, ServedDevice
+from vfio_user.wire.constants import DeviceState
+
+_CHARDEV = "vfio-user-gdb"
+"""What QEMU calls the socket of its gdbstub meanwhile."""
+
+
+class Incoming:
+    """A QEMU that waits for a guest, and its devices, ``served``.
+
+    ``gdb`` is a path for a socket that QEMU makes and this process reaches, where a device uses MSI-X; by default QEMU
+    is given a socket, for which it must be on this host. ``timeout`` in seconds bounds each wait for that.
+    """
+
+    def __init__(self, machine: Machine, served: Sequence[ServedDevice], timeout: float, gdb: str | None) -> None:
+        self.machine, self.monitor = machine, machine.monitor
+        self._served = served
+        self._timeout = timeout
+        self._gdb = gdb
+
+    def prepare(self) -> None:
+        """The devices wait for their states."""
+        for one in self._served:
+            _set_state(one, DeviceState.RESUMING)
+
+    def write(self, number: int, data: memoryview) -> None:
+        """What comes next of a device's state."""
+        one = self._served[number]
+        try:
+            one.control.migration_write_data(data)
+        except CommandError as error:
+            raise MigrationError(f"{one.name} does not take its state: {error}") from error
+
+    def listen(self, uri: str, capabilities: Mapping[str, bool]) -> None:
+        """QEMU takes memory and machine from ``uri``."""
+        # A guest that arrives must wait for its devices: this is -S, said late.
+        self.monitor.execute("stop")
+        self.monitor.set_capabilities(capabilities)
+        self.monitor.execute("migrate-incoming", uri=uri, exit_on_error=False)
+
+    def look(self) -> MigrationInfo:
+        """How far QEMU is with that. Raises MigrationError where it has failed."""
+        info = self.monitor.migration()
+        if info.status == "failed":
+            raise MigrationError(f"the destination QEMU's migration failed: {info.error_desc or 'no reason given'}")
+        return info
+
+    def check_arrived(self) -> None:
+        """Raise MigrationError unless the guest is there, and stands still."""
+        status = self.monitor.status()
+        if status.status != "paused":
+            raise MigrationError(f"the destination QEMU is {status.status} after it has taken the guest, not paused")
+
+    def load(self) -> None:
+        """The devices take their states over."""
+        for one in self._served:
+            _set_state(one, DeviceState.STOP)
+
+    def program(self, devices: Sequence[PlacedDevice], handovers: Sequence[Handover], guest_address: int) -> None:
+        """Tell QEMU of each of ``devices`` what it has lost, and see whether it and the server have it."""
+        for placed, handover in zip(devices, handovers, strict=True):
+            device = DestinationDevice(self.machine, placed.function.path, placed.served.name, placed.served.control)
+            device.program(handover, guest_address, self.write_memory)
+            device.verify(handover)
+            device.mark_pending(handover)
+            device.put_to_sleep(handover)
+
+    def start(self, *, guest: bool) -> None:
+        """The point of no return: the devices run, and with ``guest`` the guest.
+
+        Raises UnconfirmedError where the guest may run.
+        """
+        self.monitor.status()  # it is there, and answers
+        for one in self._served:
+            try:
+                _set_state(one, DeviceState.RUNNING)
+            except CallTimeoutError as error:
+                raise UnconfirmedError(f"{one.name} was told to run and did not answer: {error}") from error
+        if not guest:
+            return
+        try:
+            self.monitor.execute("cont")
+        except RefusedError:
+            raise
+        except MonitorError as error:
+            raise UnconfirmedError(f"the guest was told to go on and its QEMU did not answer: {error}") from error
+
+    def end(self, *, devices_ran: bool) -> None:
+        """Its guest never ran, and must not."""
+        if devices_ran:
+            for one in self._served:
+                with suppress(VfioUserError, OSError):
+                    one.control.migration_set_state(DeviceState.STOP)
+        self.monitor.quit()
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        """Write guest-physical memory, registers of devices included, by QEMU's gdbstub."""
+        with ExitStack() as stack:
+            place: str | socket.socket
+            if self._gdb is None:
+                place, option = stack.enter_context(self._given_socket()), f"chardev:{_CHARDEV}"
+            else:
+                place, option = self._gdb, f"unix:{self._gdb},server=on,wait=off"
+            stack.callback(self.monitor.hmp, "gdbserver none")
+            said = self.monitor.hmp(f"gdbserver {option}")
+            if not said.startswith("Waiting for gdb"):
+                raise MonitorError(f"the destination QEMU has no gdbstub, which MSI-X needs: {said}")
+            stack.enter_context(GdbStub(place, self._timeout)).write(address, data)
+
+    @contextmanager
+    def _given_socket(self) -> Iterator[socket.socket]:
+        """A socket of which QEMU has the other end, as a character device."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                self.monitor.give(theirs.fileno(), _CHARDEV)
+            address = {"type": "fd", "data": {"str": _CHARDEV}}
+            backend = {"type": "socket", "data": {"addr": address, "server": False}}
+            self.monitor.execute("chardev-add", id=_CHARDEV, backend=backend)
+            try:
+                yield ours
+            finally:
+                with suppress(MonitorError):  # it went with the gdbstub, if there was one
+                    self.monitor.execute("chardev-remove", id=_CHARDEV)
+
+
+def _set_state(one: ServedDevice, state: DeviceState) -> None:
+    """Raises MigrationError for what the device refuses."""
+    try:
+        one.control.migration_set_state(state)
+    except CommandError as error:
+        raise MigrationError(f"{one.name}, asked for the state {state.name}: {error}") from error
