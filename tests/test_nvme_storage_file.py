@@ -301,7 +301,14 @@ class TestNow:
 
     @pytest.mark.parametrize(
         ("offset", "length", "done"),
-        [(0, 4 * KIB, True), (4 * KIB, 16 * KIB, True), (512, 4 * KIB, False), (0, 512, False), (0, 32 * KIB, False)],
+        [
+            (0, 4 * KIB, True),
+            (4 * KIB, 16 * KIB, True),
+            (0, 128 * KIB, True),
+            (512, 4 * KIB, False),
+            (0, 512, False),
+            (0, 132 * KIB, False),
+        ],
     )
     def test_where_the_file_system_cannot_tell_small_writes_of_whole_pages_are_tried(
         self, image: str, monkeypatch: pytest.MonkeyPatch, offset: int, length: int, done: bool
@@ -317,7 +324,7 @@ class TestNow:
 
         def slow(fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
             nonlocal now
-            now += file.SLOW * 2
+            now += 2 * file.SLOW[16 * KIB]
             return without_nowait(fd, buffers, offset, flags)
 
         monkeypatch.setattr(time, "monotonic", lambda: now)
@@ -326,6 +333,8 @@ class TestNow:
             assert not storage.write_now(0, views([4 * KIB]))
             assert storage.write_now(0, views([4 * KIB]))
             assert not storage.write_now(0, views([4 * KIB]))
+            assert storage.write_now(0, views([128 * KIB]))  # those have a patience of their own
+            assert not storage.write_now(0, views([64 * KIB]))
             now += file.PAUSE
             assert storage.write_now(0, views([4 * KIB]))
 

@@ -33,15 +33,16 @@ ZERO = kernel.ZERO_RANGE | kernel.KEEP_SIZE
 ZEROING = {True: (PUNCH, ZERO), False: (ZERO,)}
 """How to make zeros, best first, by whether room may be given back."""
 
-SMALL = 16 << 10
-"""Bytes that are written at once even where the file system cannot promise that this takes no waiting.
+SLOW = {16 << 10: 0.02, 128 << 10: 0.005}
+"""Bytes that are written at once even where the file system cannot promise that this takes no waiting; and seconds: a
+write of so many that took so long was held back by the kernel, and not just by other threads that had the GIL or the
+processor.
 
-ext4 and tmpfs cannot. There a write of 4 KiB into the page cache takes 5 us, and with another thread in fdatasync
-0.3 ms at worst; one of 128 KiB may take 8 ms. See :meth:`FileStorage.write_now`.
+ext4 and tmpfs cannot promise it. There a write of 4 KiB into the page cache takes 5 us, and with another thread in
+fdatasync 0.3 ms at worst; one of 128 KiB takes 20 us, and then may take 8 ms. See :meth:`FileStorage.write_now`.
 """
-SLOW, PAUSE = 0.02, 1.0
-"""Seconds: a small write that took so long was held back by the kernel, and not just by other threads that had the GIL
-or the processor; for how long none is tried then."""
+PAUSE = 1.0
+"""Seconds: for how long none of that size is tried then."""
 
 Move = Callable[[int, Views, int], int]
 """os.preadv or os.pwritev."""
@@ -76,7 +77,7 @@ class FileStorage:
         self._lost = 0  # the errno of the flush that failed
         self._residence: kernel.Residence | None = None
         self._writes_now = True  # until the file system says that it does not know RWF_NOWAIT
-        self._held_back_until = 0.0
+        self._held_back_until = dict.fromkeys(SLOW, 0.0)
         self._unknown_modes: set[int] = set()
 
     def acquire(self) -> None:
@@ -133,7 +134,8 @@ class FileStorage:
         self._move_all(os.preadv, offset, views)
 
     def write_now(self, offset: int, views: Views) -> bool:
-        """As the contract says where the file system can tell; where it cannot, small writes are tried all the same.
+        """As the contract says where the file system can tell; where it cannot, all but large writes are tried all the
+        same.
 
         These only go into the page cache. They wait where a page must be read first, which whole pages avoid, and
         where the kernel holds back who writes faster than the disk: who was, is left alone for a while.
@@ -148,16 +150,16 @@ class FileStorage:
             return False
 
     def _write_briefly(self, offset: int, views: Views, length: int) -> bool:
-        start = time.monotonic()
-        if length > SMALL or (offset | length) % mmap.PAGESIZE or start < self._held_back_until:
+        start, most = time.monotonic(), next((most for most in SLOW if length <= most), 0)
+        if not most or (offset | length) % mmap.PAGESIZE or start < self._held_back_until[most]:
             return False
         try:
             written = os.pwritev(self._fd, views, offset)
         except OSError:
             return False
         end = time.monotonic()
-        if end - start > SLOW:
-            self._held_back_until = end + PAUSE
+        if end - start > SLOW[most]:
+            self._held_back_until[most] = end + PAUSE
         return written == length
 
     def write(self, offset: int, views: Views) -> None:
