@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from vfio_user import Client, Server
-from vfio_user.devices.nvme import Nvme, controller
+from vfio_user.devices.nvme import Nvme, standstill
 from vfio_user.devices.nvme.complaints import Complaints
 from vfio_user.devices.nvme.constants import (
     ALL_NAMESPACES,
@@ -69,7 +69,7 @@ PCI_EXPRESS, DEVICE_CONTROL, START_FLR = 0x10, 8, 1 << 15
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for the storage soon gives up."""
-    monkeypatch.setattr(controller, "QUIESCE_TIMEOUT", SOON)
+    monkeypatch.setattr(standstill, "QUIESCE_TIMEOUT", SOON)
 
 
 def until(condition: Callable[[], object]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfio_user.devices.nvme import Nvme, controller
+from vfio_user.devices.nvme import Nvme, controller, standstill
 from vfio_user.devices.nvme.constants import (
     DOORBELLS,
     ControllerStatus,
@@ -86,7 +86,7 @@ def done(desk: Desk, ticket: Ticket) -> bool:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who clears the bus master bit soon has an answer."""
-    monkeypatch.setattr(controller, "BUS_MASTER_TIMEOUT", SOON)
+    monkeypatch.setattr(standstill, "BUS_MASTER_TIMEOUT", SOON)
 
 
 # The bus master bit
@@ -519,8 +519,8 @@ def test_a_storage_that_hangs_is_not_closed_under_its_worker(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its descriptor's number could be another file's when the write goes on. What nobody has begun never is."""
-    for timeout in ("QUIESCE_TIMEOUT", "CLOSE_TIMEOUT"):
-        monkeypatch.setattr(controller, timeout, SOON)
+    monkeypatch.setattr(standstill, "QUIESCE_TIMEOUT", SOON)
+    monkeypatch.setattr(controller, "CLOSE_TIMEOUT", SOON)
     storage = GatedStorage(shut=True)
     device = controller_of(storage, threads=4)
     try:

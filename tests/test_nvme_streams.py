@@ -290,6 +290,16 @@ def plain(device: Nvme) -> dict[str, Any]:
     return dict(msgspec.msgpack.decode(msgspec.msgpack.encode(saved(device))))
 
 
+def test_what_a_stream_does_not_say_is_as_after_a_reset(running: Guest) -> None:
+    """The guest comes back to a device on which, before it left, it had set what it has not set any more."""
+    executor, fields = running.device.executor, plain(running.device)
+    burst = executor.burst
+    running.set_feature(Feature.ARBITRATION, 0)
+    assert executor.burst == 1
+    restore(running.device, fields, [])
+    assert executor.burst == burst
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_what_cannot_be_is_refused(running: Guest, case: str) -> None:
     device = running.device

@@ -198,7 +198,7 @@ class AdminCommands:
         feature, select = known_feature(command.cdw10 & 0xFF), command.cdw10 >> 8 & 7
         if feature is Feature.TIMESTAMP and select != CAPABILITIES:
             check(select < CAPABILITIES)
-            value = self._controller.timestamp.value if select == CURRENT else 0
+            value = self._controller.features.timestamp.value if select == CURRENT else 0
             self._data(command, _TIMESTAMP_SIZE).write(value.to_bytes(_TIMESTAMP_SIZE, "little"))
             return 0
         return self._controller.features.select(feature, select, command.cdw11)
@@ -209,7 +209,7 @@ class AdminCommands:
         check(RULES[feature].per_namespace or command.nsid in (0, ALL_NAMESPACES), _NOT_OF_NAMESPACES)
         controller, features = self._controller, self._controller.features
         if feature is Feature.TIMESTAMP:
-            controller.timestamp.set(int.from_bytes(self._data(command, _TIMESTAMP_SIZE).read()[:6], "little"))
+            features.timestamp.set(int.from_bytes(self._data(command, _TIMESTAMP_SIZE).read()[:6], "little"))
             return 0
         if feature is Feature.NUMBER_OF_QUEUES:
             check(len(self._executor.completions) == 1, Status.COMMAND_SEQUENCE_ERROR)
@@ -221,11 +221,10 @@ class AdminCommands:
         if feature is Feature.INTERRUPT_VECTOR_CONFIGURATION:
             check(command.cdw11 & 0xFFFF < controller.interrupt_vectors)
         features.set(feature, command.cdw11)
-        controller.follow_feature(feature)
         if feature is Feature.VOLATILE_WRITE_CACHE and not features.get(feature):
-            return self._executor.later(queue, command, self._controller.flush)
+            return self._executor.later(queue, command, controller.namespaces.flush)
         if feature is Feature.TEMPERATURE_THRESHOLD and features.too_warm:
-            controller.tell(AsyncEvent.TEMPERATURE_THRESHOLD, TEMPERATURE_NOTICES)
+            controller.events.add_notice(AsyncEvent.TEMPERATURE_THRESHOLD, TEMPERATURE_NOTICES)
         return 0
 
     # Others

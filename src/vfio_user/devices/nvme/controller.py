@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
@@ -28,20 +26,20 @@ from vfio_user.devices.nvme.constants import (
 from vfio_user.devices.nvme.doorbells import HEAD, STRIDE
 from vfio_user.devices.nvme.events import AsyncEvents
 from vfio_user.devices.nvme.execution import MAX_BURST, Executor
-from vfio_user.devices.nvme.features import MAX_QUEUES, NAMESPACE_NOTICES, Features, Timestamp
+from vfio_user.devices.nvme.features import MAX_QUEUES, NAMESPACE_NOTICES, Features
 from vfio_user.devices.nvme.identify import MODEL_LENGTH, SERIAL_LENGTH, ControllerIdentity
 from vfio_user.devices.nvme.io import IoCommands
 from vfio_user.devices.nvme.keep_alive import KeepAlive
 from vfio_user.devices.nvme.logs import Logs
 from vfio_user.devices.nvme.metering import Meter
-from vfio_user.devices.nvme.namespaces import MAX_NAMESPACES, Namespace
+from vfio_user.devices.nvme.namespaces import Namespace, Namespaces
+from vfio_user.devices.nvme.parts import MemoryParts
+from vfio_user.devices.nvme.paths import MEMORY, is_there, open_path, serial_of
 from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
-from vfio_user.devices.nvme.saving import PART_HEAD, restore, saved
-from vfio_user.devices.nvme.standstill import HOST_RINGS, Halt, is_mapped, overlaps, queue_memory
-from vfio_user.devices.nvme.storage import open_storage
+from vfio_user.devices.nvme.saving import restore, saved
+from vfio_user.devices.nvme.standstill import Halt, Standstill
 from vfio_user.devices.nvme.storage.base import Storage
-from vfio_user.devices.nvme.storage.memory import MemoryStorage
-from vfio_user.devices.nvme.workers import Workers
+from vfio_user.devices.nvme.workers import Landed, Work, Workers
 from vfio_user.fds import OwnedFd
 from vfio_user.migration.states import RUNNING_STATES
 from vfio_user.pci import PcieEndpoint, PowerManagement
@@ -51,18 +49,10 @@ from vfio_user.wire.constants import DeviceState, MigrationFlags
 logger = logging.getLogger("vfio_user.devices.nvme")
 
 MAX_QUEUE_SIZE = 1024
-QUIESCE_TIMEOUT = 20.0
-"""Seconds that the storage may take for what is under way when all must stand still."""
 AT_ONCE = 0.05
 """Seconds that a client does not mind to wait with any access."""
-BUS_MASTER_TIMEOUT = 1.0
-"""Seconds that it may take where the host waits for it with a write to config space: less than a VMM's patience."""
 CLOSE_TIMEOUT = 1.0
-"""Seconds that it may take where the controller is given up."""
-PART = 1 << 20
-"""Bytes of memory that are sent at once."""
-MEMORY = "memory:"
-MEMORY_SIZE = 64 << 20
+"""Seconds that the storage may take for what is under way where the controller is given up."""
 
 _READY_TIMEOUT = 60
 """In units of 500 ms: how long a host waits for CSTS.RDY."""
@@ -78,17 +68,6 @@ _SHUTDOWN = Configuration.SHN
 _UNCHANGEABLE = int(Configuration.CSS | Configuration.AMS)
 _FIXED = int(Configuration.CSS | Configuration.AMS | Configuration.MPS)
 """What can be set while the controller is disabled only (3.1.5)."""
-
-
-def _serial_of(path: str) -> str:
-    """A serial number that a file keeps from one server to the next; memory is new every time."""
-    unique = uuid.uuid4() if path == MEMORY else uuid.uuid5(uuid.NAMESPACE_URL, os.path.abspath(path))
-    return unique.hex[:16].upper()
-
-
-def _is_there(path: str) -> bool:
-    """Whether a storage has a size without being told."""
-    return "://" in path or os.path.exists(path)
 
 
 class Nvme(Device):
@@ -140,33 +119,34 @@ class Nvme(Device):
             if len(getattr(self, name)) > most:
                 raise ValueError(f"{name} of more than {most} characters")
         self.msix_vectors = self.queues + 1
-        self.namespaces: dict[int, Namespace] = {}
-        serial = self.serial or _serial_of(self.path)
+        serial = self.serial or serial_of(self.path)
         self.identity = ControllerIdentity(self.vendor_id, self.vendor_id, serial, self.model)
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
         self.max_queue_size = MAX_QUEUE_SIZE
         self.interrupt_vectors = self.msix_vectors
-        self.features = Features(self.queues)
         self.logs = Logs()
         self._complaints = Complaints(logger)
-        self.executor = Executor(self, Workers(self.threads, lambda: self.post(self._land)))
-        self.events = AsyncEvents(self._answer)
+        self.namespaces = Namespaces(self.block_size, self._complaints)
+        self.parts = MemoryParts(self.namespaces)
+        self.executor = Executor(self, Workers(self.threads, lambda: self.post(self._standstill.land)))
+        self._standstill = Standstill(self.executor, self.dma, lambda: self.defer(self._go_on))
         self.keep_alive = KeepAlive(lambda: self.post(self._abandoned))
+        effects = {Feature.ARBITRATION: self._arbitrate, Feature.KEEP_ALIVE_TIMER: self.keep_alive.set}
+        self.features = Features(self.queues, effects)
+        self.events = AsyncEvents(self.executor, self.features)
         self.io = IoCommands(self.executor, self.dma, self.namespaces, self.features, self.logs.health)
         self._admin = AdminCommands(self)
         self.executor.handle(self._admin.handlers, self.io.handlers, self.io.compare_and_write, self.io.together)
         self._meter: Meter | None = None
-        self.timestamp = Timestamp()
-        self._halts = Halt(0)
         self._beginning: object = None
         """Which attempt to enable the controller is under way."""
         self._follow_bus_master()
         try:
             for number, path in enumerate(filter(None, [self.path, *self.more.split(",")])):
                 # Of the others, those that are there have sizes of their own.
-                self.add_namespace(path, size=self.size if number == 0 or not _is_there(path) else 0)
+                self.add_namespace(path, size=self.size if number == 0 or not is_there(path) else 0)
             self.logs.changed.clear()  # to a host that comes they have always been there
         except BaseException:
             self.close()
@@ -183,8 +163,7 @@ class Nvme(Device):
         except OSError as error:
             logger.error("the storage is not closed: %s", error)
         else:
-            for namespace in self.namespaces.values():
-                namespace.storage.close()
+            self.namespaces.close()
         self.executor.workers.close()
 
     # Namespaces
@@ -196,21 +175,12 @@ class Nvme(Device):
 
         Raises OSError for a storage that cannot be had, ValueError for one that is no namespace.
         """
-        number = next((n for n in range(1, MAX_NAMESPACES + 1) if n not in self.namespaces), None)
-        if number is None:
-            raise ValueError(f"there are {MAX_NAMESPACES} namespaces already")
+        number = self.namespaces.free_number()  # first: to open a path may make a file
         if isinstance(storage, str):
-            storage = self._open(storage, size)
-        identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.identity.qualified_name}#{number}")
-        try:
-            namespace = Namespace(number, storage, self.block_size, identity)
-            if self.executor.enabled and self._runs:
-                storage.acquire()
-        except BaseException:
-            storage.close()
-            raise
-        self.namespaces[number] = namespace
-        self.pre_copy_limit = 2 * sum(storage.size for _, storage in self.carried()) + PART
+            storage = open_path(storage, size, read_only=self.read_only, shared=self.shared)
+        in_use = self.executor.enabled and self._runs
+        namespace = self.namespaces.add(number, storage, self.identity.qualified_name, acquire=in_use)
+        self.pre_copy_limit = self.parts.limit
         self._changed(number)
         return namespace
 
@@ -220,28 +190,17 @@ class Nvme(Device):
         Raises KeyError for one that is not there, OSError where the storage does not end what it is at (then nothing
         has changed) or cannot make it durable.
         """
-        storage = self.namespaces[number].storage
+        if number not in self.namespaces:
+            raise KeyError(number)
         self.quiesce()
-        del self.namespaces[number]
         try:
-            storage.release()
+            self.namespaces.remove(number)
         finally:
-            storage.close()
             self._changed(number)
-
-    def _open(self, path: str, size: int) -> Storage:
-        wanted = size or (MEMORY_SIZE if path == MEMORY else None)
-        storage = open_storage(path, size=wanted, read_only=self.read_only, shared=self.shared)
-        try:
-            storage.acquire()
-            storage.release()
-        except OSError as error:  # it may well be that its owner's guest migrates to here
-            logger.warning("%s: no guest can use it until its owner lets go of it: %s", path, error)
-        return storage
 
     def _changed(self, number: int) -> None:
         self.logs.changed.add(number)
-        self.tell(AsyncEvent.NAMESPACE_ATTRIBUTE_CHANGED, NAMESPACE_NOTICES)
+        self.events.add_notice(AsyncEvent.NAMESPACE_ATTRIBUTE_CHANGED, NAMESPACE_NOTICES)
 
     # Registers
 
@@ -278,6 +237,8 @@ class Nvme(Device):
             self.cc = 0
             self._disable(ControllerStatus.NSSRO)
 
+    # Doorbells, and what they lead to
+
     def bar_write(self, bar: int, offset: int, data: memoryview) -> None:
         """A doorbell (3.1.24, 3.1.25): all else of the BAR is registers, or nothing."""
         queue, which = divmod(offset - DOORBELLS, STRIDE)
@@ -292,8 +253,7 @@ class Nvme(Device):
             self.defer(self._work)
 
     def _rung(self) -> None:
-        """The host knows where its queues are, whatever came in between."""
-        self._resume(HOST_RINGS)
+        self._standstill.host_rings()
         self._work()
 
     def look_for_work(self, last: bool) -> bool:
@@ -313,82 +273,40 @@ class Nvme(Device):
         self.events.deliver()  # there may be room for a completion now
         self.executor.send_interrupts()
 
-    def _land(self) -> None:
-        """Workers have ended something."""
-        if not (self.executor.held and self._withheld):
-            self.executor.land()
-
-    def _answer(self, cid: int, result: int) -> bool:
-        return not self.executor.held and self.executor.answer(cid, result)
-
-    # Standing still
-
-    def _halt(self, reason: Halt) -> None:
-        self._halts |= reason
-        self.executor.held = True
-
-    def _resume(self, reasons: Halt) -> None:
-        """Those are no reasons any more: with the last one, what waits is carried out."""
-        halts, self._halts = self._halts, self._halts & ~reasons
-        self.executor.held = bool(self._halts)
-        if halts and not self._halts:
-            self.defer(self._go_on)
-
     def _go_on(self) -> None:
-        self._land()
+        """Nothing has us stand still any more."""
+        self._standstill.land()
         self._work()
 
-    @property
-    def _withheld(self) -> bool:
-        """Whether what workers have ended is not to be completed for now: completions are DMA, unless of no queue."""
-        return bool(self._halts & Halt.BUS_MASTER and self.executor.submissions)
+    # What the host and its VMM change around it
 
     def on_config_write(self, offset: int, length: int) -> None:
         self._follow_bus_master()
 
     def _follow_bus_master(self) -> None:
-        if self.config.bus_master and not self.config.asleep:
-            self._resume(Halt.BUS_MASTER)
-        elif not self._halts & Halt.BUS_MASTER:
-            self._end_dma()
+        self._standstill.follow_bus_master(self.config.bus_master and not self.config.asleep)
 
-    def _end_dma(self) -> None:
-        """The host allows no DMA any more, or put the device to sleep. What is under way ends before its write does, if
-        it can; else, workers may still move data, and it is completed when DMA is allowed again.
-        """
-        self._halt(Halt.BUS_MASTER)
-        if not self.executor.submissions:
-            return
-        try:
-            self._await_workers(BUS_MASTER_TIMEOUT)
-        except OSError as error:
-            logger.warning("DMA goes on without the bus master bit: %s", error)
-
-    def _await_workers(self, timeout: float) -> None:
-        """Complete all that they are at now; also from within a completion, where DMA by messages serves the client.
-
-        Raises OSError(ETIMEDOUT).
-        """
-        self.executor.workers.wait(timeout)
-        self.executor.land()
+    def connected(self, link: Link) -> None:
+        super().connected(link)
+        self.executor.watched = link.spin > 0
 
     def disconnected(self) -> None:
         super().disconnected()
-        self._halt(Halt.CLIENT)
+        self._standstill.halt(Halt.CLIENT)
 
-    def register_names(self, region: int, offset: int, length: int) -> Sequence[str]:
-        queue, which = divmod(offset - DOORBELLS, STRIDE)
-        if region == 0 and 0 <= queue <= self.queues and which in (0, HEAD):
-            return [f"cq{queue}_head" if which else f"sq{queue}_tail"]
-        return super().register_names(region, offset, length)
+    def dma_map(self, flags: int, offset: int, address: int, size: int, fd: OwnedFd | None) -> None:
+        self.executor.forget_windows()
+        super().dma_map(flags, offset, address, size, fd)
+        self._standstill.mapped()
 
-    def activity(self) -> str:
-        """Commands and bytes a second, latency and depth since the last call; the first one begins to measure."""
-        if self._meter is None:
-            self._meter = Meter(self.io.handlers, lambda: self.logs.health)
-            self.executor.handle(self._admin.handlers, self._meter.handlers, self.io.compare_and_write)
-            self.executor.on_end = self._meter.ended
-        return self._meter.line()
+    def dma_unmap(self, flags: int, address: int, size: int) -> None:
+        self.executor.forget_windows()
+        super().dma_unmap(flags, address, size)
+        self._standstill.unmapped(address, size)
+
+    def quiesce(self) -> None:
+        """Let what is under way end; what waits in the queues is carried out after what asked for this is done."""
+        self._standstill.quiesce()
 
     # The life of a controller
 
@@ -405,15 +323,6 @@ class Nvme(Device):
     def _acquire(self) -> None:
         namespaces, beginning = tuple(self.namespaces.values()), self._beginning
 
-        def acquire() -> int:
-            try:
-                for namespace in namespaces:
-                    namespace.storage.acquire()
-            except OSError:
-                self._release()
-                raise
-            return 0
-
         def acquired(result: int, error: BaseException | None) -> None:
             if self._beginning is not beginning:
                 return  # the host has thought better of it
@@ -426,9 +335,10 @@ class Nvme(Device):
             else:
                 self._begin()
 
-        self.executor.workers.start(acquire, acquired)
+        self.executor.workers.start(self.namespaces.acquire, acquired)
         with suppress(TimeoutError):  # most often there is nothing to wait for
-            self._await_workers(AT_ONCE)
+            self.executor.workers.wait(AT_ONCE)
+            self.executor.land()
 
     def _begin(self) -> None:
         submissions, completions = (self.aqa & 0xFFF) + 1, (self.aqa >> 16) + 1
@@ -457,55 +367,46 @@ class Nvme(Device):
 
     def _forget(self) -> None:
         """Everything that a host had set up is no more."""
-        withheld = self._withheld
+        withheld = self._standstill.withholds
         self._beginning = None
         self.executor.clear()
-        self.executor.burst = MAX_BURST
         self.events.reset()
         self.features.reset()
-        self.timestamp.value = 0
-        self.keep_alive.stop()
-        self._resume(HOST_RINGS)
+        self._standstill.host_rings()
         if withheld:
-            self.defer(self._land)
+            self.defer(self._standstill.land)
 
     def _let_go(self) -> None:
         """Leave the storage to others when nothing is under way any more: then a reset is done."""
+        self._when_idle(self.namespaces.release, self._released)
 
-        def release() -> int:
-            self._release()
-            return 0
-
-        def released(result: int, error: BaseException | None) -> None:
-            if error is not None:
-                logger.error("the storage is not let go of", exc_info=error)
-            self.csts &= ~ControllerStatus.RDY
-
-        def start() -> None:
-            self.executor.workers.start(release, released)
-
-        self.executor.when(self.executor.idle, start)
+    def _released(self, result: int, error: BaseException | None) -> None:
+        if error is not None:
+            logger.error("the storage is not let go of", exc_info=error)
+        self.csts &= ~ControllerStatus.RDY
 
     def _shut_down(self) -> None:
         """The host is about to leave (3.1.5, SHN)."""
         self.csts = self.csts & ~ControllerStatus.SHST | ControllerStatus.SHST_OCCURRING
-        self.executor.when(self.executor.idle, self._shut_down_now)
+        self._when_idle(self.namespaces.flush, self._flushed)
 
-    def _shut_down_now(self) -> None:
-        def flushed(result: int, error: BaseException | None) -> None:
-            if error is not None:
-                self._complaints.about("what was written is not safe", error, logging.ERROR)
-            if self.csts & ControllerStatus.SHST_OCCURRING:  # a reset may have come in between
-                self.csts = self.csts & ~ControllerStatus.SHST | ControllerStatus.SHST_COMPLETE
+    def _flushed(self, result: int, error: BaseException | None) -> None:
+        if error is not None:
+            self._complaints.about("what was written is not safe", error, logging.ERROR)
+        if self.csts & ControllerStatus.SHST_OCCURRING:  # a reset may have come in between
+            self.csts = self.csts & ~ControllerStatus.SHST | ControllerStatus.SHST_COMPLETE
 
-        self.executor.workers.start(self.flush, flushed)
+    def _when_idle(self, work: Work, landed: Landed) -> None:
+        """Have a worker do ``work`` when nothing is under way any more, unless a reset comes before that."""
 
-    def _release(self) -> None:
-        for namespace in tuple(self.namespaces.values()):  # a worker does this, and one may be added meanwhile
-            try:
-                namespace.storage.release()
-            except OSError as error:
-                self._complaints.about(f"{namespace.storage.name}: what was written is not safe", error, logging.ERROR)
+        def start() -> None:
+            self.executor.workers.start(work, landed)
+
+        self.executor.when(self.executor.idle, start)
+
+    def _arbitrate(self, value: int) -> None:
+        """4.13: how many commands of one queue before the others have their turn."""
+        self.executor.burst = min(1 << (value & 7), MAX_BURST)
 
     def _abandoned(self) -> None:
         if not self.keep_alive.overdue:
@@ -553,7 +454,7 @@ class Nvme(Device):
 
     def invalid_doorbell(self, event: AsyncEvent) -> None:
         """A host rang what is not there, or beyond what is."""
-        self._tell(event)
+        self.events.add(event)
 
     def follow_pin(self) -> None:
         """INTx is asserted as long as there is a completion that the host has not taken (7.5.1)."""
@@ -564,74 +465,35 @@ class Nvme(Device):
         elif self.irq.asserted:
             self.irq.deassert()
 
-    # What admin commands ask
+    # For people who look on
 
-    def tell(self, event: AsyncEvent, notices: int) -> None:
-        """Tell the host of an event, if it wants such notices."""
-        if self.features.get(Feature.ASYNC_EVENT_CONFIGURATION) & notices:
-            self._tell(event)
+    def register_names(self, region: int, offset: int, length: int) -> Sequence[str]:
+        queue, which = divmod(offset - DOORBELLS, STRIDE)
+        if region == 0 and 0 <= queue <= self.queues and which in (0, HEAD):
+            return [f"cq{queue}_head" if which else f"sq{queue}_tail"]
+        return super().register_names(region, offset, length)
 
-    def _tell(self, event: AsyncEvent) -> None:
-        self.events.add(event)
-        self.executor.send_interrupts()
+    def activity(self) -> str:
+        """Commands and bytes a second, latency and depth since the last call; the first one begins to measure."""
+        if self._meter is None:
+            self._meter = Meter(self.io.handlers, lambda: self.logs.health)
+            self.executor.handle(self._admin.handlers, self._meter.handlers, self.io.compare_and_write)
+            self.executor.on_end = self._meter.ended
+        return self._meter.line()
 
-    def follow_feature(self, feature: Feature) -> None:
-        """Do what a feature means that was just set, or has come along."""
-        if feature is Feature.ARBITRATION:
-            self.executor.burst = min(1 << (self.features.get(feature) & 7), MAX_BURST)
-        elif feature is Feature.KEEP_ALIVE_TIMER:
-            self.keep_alive.set(self.features.get(feature))
-
-    def flush(self) -> int:
-        """Make everything durable; a worker does it. Raises OSError."""
-        for namespace in tuple(self.namespaces.values()):
-            namespace.storage.flush()
-        return 0
-
-    def connected(self, link: Link) -> None:
-        super().connected(link)
-        self.executor.watched = link.spin > 0
-
-    # DMA, migration
-
-    def dma_map(self, flags: int, offset: int, address: int, size: int, fd: OwnedFd | None) -> None:
-        self.executor.forget_windows()
-        super().dma_map(flags, offset, address, size, fd)
-        if self._halts & Halt.MEMORY:
-            self._look_for_memory()
-
-    def dma_unmap(self, flags: int, address: int, size: int) -> None:
-        self.executor.forget_windows()
-        super().dma_unmap(flags, address, size)
-        if not self._halts & Halt.MEMORY and overlaps(queue_memory(self.executor, self.page_size), address, size):
-            self._halt(Halt.MEMORY)
-
-    def _look_for_memory(self) -> None:
-        there = is_mapped(self.dma, queue_memory(self.executor, self.page_size))
-        (self._resume if there else self._halt)(Halt.MEMORY)
-
-    def quiesce(self) -> None:
-        """Let what is under way end; what waits in the queues is carried out after what asked for this is done."""
-        if self.executor.idle():
-            return
-        self._halt(Halt.QUIESCE)
-        try:
-            (self.executor.workers.wait if self._withheld else self.executor.quiesce)(QUIESCE_TIMEOUT)
-        finally:
-            self._resume(Halt.QUIESCE)
+    # Migration
 
     def migration_set_state(self, state: DeviceState) -> None:
         """The storage is ours while the device runs: left to the next when it stops, whole, and taken again."""
         runs, ran = state in RUNNING_STATES, self._runs
-        self._halt(Halt.MIGRATION)  # that nothing begins in between
+        self._standstill.halt(Halt.MIGRATION)  # that nothing begins in between
         try:
             if ran and not runs:
-                self.executor.quiesce(QUIESCE_TIMEOUT)  # what was withheld: it does not travel
-            for namespace in self.namespaces.values():
-                if runs and not ran:
-                    namespace.storage.acquire()
-                elif ran and not runs and self.executor.enabled:
-                    namespace.storage.flush()
+                self._standstill.end_all()
+                if self.executor.enabled:
+                    self.namespaces.flush()
+            elif runs and not ran:
+                self.namespaces.acquire()
             super().migration_set_state(state)
         finally:
             self._follow_migration()
@@ -646,45 +508,35 @@ class Nvme(Device):
 
     def _follow_migration(self) -> None:
         """Go on, or stand still, as the migration state says, with registers and queues that may be others."""
-        self.timestamp.run(self._runs)
+        self.features.timestamp.run(self._runs)
         if not self._runs:
-            self._halt(Halt.MIGRATION)
+            self._standstill.halt(Halt.MIGRATION)
             self.keep_alive.stop()
-            self._release()  # nothing is under way
+            self.namespaces.release()  # nothing is under way
             return
-        self.follow_feature(Feature.KEEP_ALIVE_TIMER)
+        self.features.follow(Feature.KEEP_ALIVE_TIMER)
         if not self.executor.enabled and self._beginning is None:
             self._let_go()
         self._follow_bus_master()
-        self._resume(Halt.MIGRATION)
+        self._standstill.resume(Halt.MIGRATION)
 
     def pre_copy_start(self) -> None:
-        for _, storage in self.carried():
-            storage.mark_all_unsent()
+        self.parts.begin()
 
     def pre_copy(self) -> bytes:
-        """The content of memory, which nobody else keeps: a part of it, behind the NSID."""
-        for number, storage in self.carried():
-            if storage.unsent():
-                return number.to_bytes(PART_HEAD, "little") + storage.next_part(PART - PART_HEAD)
-        return b""
+        return self.parts.next()
 
     def save_parts(self) -> Iterator[bytes]:
         """What changed there since."""
-        return iter(self.pre_copy, b"")
+        return iter(self.parts.next, b"")
 
     def parts_size(self) -> int:
-        return sum(storage.unsent_bytes() for _, storage in self.carried())
+        return self.parts.left()
 
     def save(self) -> dict[str, object]:
         return saved(self)
 
     def load(self, saved: dict[str, object], pre_copy: Sequence[bytes]) -> None:
         restore(self, saved, pre_copy)
-        self._resume(Halt.CLIENT)  # the guest is that of the stream
-        self._look_for_memory()
-
-    def carried(self) -> list[tuple[int, MemoryStorage]]:
-        """The namespaces whose content has to be migrated."""
-        everything = ((number, namespace.storage) for number, namespace in self.namespaces.items())
-        return [(number, storage) for number, storage in everything if isinstance(storage, MemoryStorage)]
+        self._standstill.resume(Halt.CLIENT)  # the guest is that of the stream
+        self._standstill.look_for_memory()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 from vfio_user.devices.nvme.command import check
-from vfio_user.devices.nvme.constants import AsyncEvent, LogPage, Status
+from vfio_user.devices.nvme.constants import AsyncEvent, Feature, LogPage, Status
+from vfio_user.devices.nvme.execution import Executor
+from vfio_user.devices.nvme.features import Features
 from vfio_user.devices.nvme.identify import ASYNC_EVENTS
 
 LOG_PAGES = (LogPage.ERROR_INFORMATION, LogPage.SMART_HEALTH, LogPage.CHANGED_NAMESPACES)
@@ -16,12 +17,13 @@ LOG_PAGES = (LogPage.ERROR_INFORMATION, LogPage.SMART_HEALTH, LogPage.CHANGED_NA
 class AsyncEvents:
     """Requests that wait for an event, and events that wait for a request.
 
-    ``answer(cid, result)`` completes a request; False: there is no room for a completion now, :meth:`deliver` is called
-    again when there is.
+    Where there is no room for a completion now, or the executor is held, :meth:`deliver` is called again when that is
+    over.
     """
 
-    def __init__(self, answer: Callable[[int, int], bool]) -> None:
-        self._answer = answer
+    def __init__(self, executor: Executor, features: Features) -> None:
+        self._executor = executor
+        self._features = features
         self.requests: deque[int] = deque()
         """Command identifiers."""
         self.pending: deque[AsyncEvent] = deque()
@@ -38,6 +40,12 @@ class AsyncEvents:
         if event not in self.pending:
             self.pending.append(event)
             self.deliver()
+        self._executor.send_interrupts()
+
+    def add_notice(self, event: AsyncEvent, notices: int) -> None:
+        """As :meth:`add`, if the host wants such notices: bits of ASYNC_EVENT_CONFIGURATION."""
+        if self._features.get(Feature.ASYNC_EVENT_CONFIGURATION) & notices:
+            self.add(event)
 
     def deliver(self) -> None:
         """Tell what can be told."""
@@ -45,7 +53,8 @@ class AsyncEvents:
             kind = event & 7
             if kind in self.masked or not self.requests:
                 continue
-            if not self._answer(self.requests[0], event | LOG_PAGES[kind] << 16):
+            result = event | LOG_PAGES[kind] << 16
+            if self._executor.held or not self._executor.answer(self.requests[0], result):
                 return
             self.requests.popleft()
             self.pending.remove(event)

@@ -78,13 +78,19 @@ TEMPERATURE_NOTICES, NAMESPACE_NOTICES = 1 << 1, 1 << 8
 """Of ASYNC_EVENT_CONFIGURATION: tell of a temperature that has passed its threshold, of changed namespaces."""
 
 
+Effects = Mapping[Feature, Callable[[int], object]]
+"""What is done with the value of a feature whenever it may be another."""
+
+
 class Features:
     """The values of the features: ``values`` has those that were set, by feature and selector."""
 
-    def __init__(self, queues: int) -> None:
+    def __init__(self, queues: int, effects: Effects) -> None:
         """``queues``: I/O queue pairs that there may be, as long as the host has not asked for a number."""
         self.values: dict[tuple[int, int], int] = {}
+        self.timestamp = Timestamp()
         self._most_queues = (queues - 1) * 0x1_0001
+        self._effects = effects
 
     def get(self, feature: Feature, selector: int = 0) -> int:
         """The current value, as dword 0 of a completion has it."""
@@ -103,6 +109,18 @@ class Features:
             dword &= ~rule.every
         check(rule.allowed(dword))
         self.values[feature, dword & rule.selector] = dword & rule.settable
+        self.follow(feature)
+
+    def load(self, values: dict[tuple[int, int], int], timestamp: int) -> None:
+        """Take over what another controller has."""
+        self.values, self.timestamp.value = values, timestamp
+        for feature in self._effects:
+            self.follow(feature)
+
+    def follow(self, feature: Feature) -> None:
+        """Do what the value of a feature means, if it means something to be done."""
+        if feature in self._effects:
+            self._effects[feature](self.get(feature))
 
     def select(self, feature: Feature, select: int, dword: int) -> int:
         """What GET FEATURES answers to SEL. Raises CommandError for a reserved one."""
@@ -121,7 +139,7 @@ class Features:
         return not under < TEMPERATURE < over
 
     def reset(self) -> None:
-        self.values.clear()
+        self.load({}, timestamp=0)
 
 
 def known_feature(number: int) -> Feature:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 Queue = TypeVar("Queue", CompletionQueue, SubmissionQueue)
 
-PART_HEAD = 4
-"""Bytes of the NSID before a part of a namespace's memory."""
 _MAX_ADMIN_QUEUE_SIZE = 4096
 """What AQA can say; I/O queues have fewer entries."""
 U16 = Annotated[int, Meta(ge=0, lt=1 << 16)]
@@ -146,7 +144,7 @@ def saved(device: Nvme) -> dict[str, object]:
         ],
         doorbells=None if doorbells is None else SavedDoorbells(doorbells.shadow, doorbells.events),
         features=[SavedFeature(Feature(f), selector, value) for (f, selector), value in device.features.values.items()],
-        timestamp=device.timestamp.value,
+        timestamp=device.features.timestamp.value,
         requests=list(events.requests),
         pending=list(events.pending),
         masked=sorted(events.masked),
@@ -182,7 +180,7 @@ def restore(device: Nvme, fields: dict[str, object], parts: Sequence[bytes]) -> 
         raise ValueError("a controller that is enabled has admin queues")
     if any(not RULES[one.feature].sound(one.selector, one.value) for one in content.features):
         raise ValueError("a feature that is not as a host could have set it")
-    _restore_memory(device, parts)
+    device.parts.take(parts)
 
     for one in content.namespaces:
         namespace = device.namespaces[one.number]
@@ -198,10 +196,7 @@ def restore(device: Nvme, fields: dict[str, object], parts: Sequence[bytes]) -> 
         queue.completions.users += 1
     executor.doorbells = doorbells
     executor.enabled = content.enabled
-    device.features.values = features
-    for feature in {one.feature for one in content.features}:
-        device.follow_feature(feature)
-    device.timestamp.value = content.timestamp
+    device.features.load(features, content.timestamp)
     device.io.page_size = device.page_size
     events.requests.clear()
     events.requests.extend(content.requests)
@@ -259,15 +254,3 @@ def _submissions(device: Nvme, one: SavedSubmissions, completions: dict[int, Com
     queue = SubmissionQueue(one.number, _ring(device, one.number, one.ring, SQE_SIZE), target, one.priority)
     queue.head, queue.tail = one.head, one.tail
     return queue
-
-
-def _restore_memory(device: Nvme, parts: Sequence[bytes]) -> None:
-    """Fill the namespaces that are memory: all parts are sound, or nothing changes."""
-    storages = dict(device.carried())
-    numbered = [(int.from_bytes(part[:PART_HEAD], "little"), memoryview(part)[PART_HEAD:]) for part in parts]
-    for number, data in numbered:
-        if number not in storages:
-            raise ValueError(f"memory of namespace {number}, which is none that is memory")
-        storages[number].check(data)
-    for number, data in numbered:
-        storages[number].apply(data)

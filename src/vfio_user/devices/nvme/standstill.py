@@ -1,15 +1,24 @@
-"""What has a controller stand still though it is enabled, and whether the memory of its queues is there."""
+"""What has a controller stand still though it is enabled: reasons, and what follows when they come and go."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from enum import Flag, auto
 
 from vfio_user.devices.nvme.constants import CQE_SIZE, SQE_SIZE
+from vfio_user.devices.nvme.doorbells import BUFFER
 from vfio_user.devices.nvme.execution import Executor
 from vfio_user.devices.nvme.queues import Ring
 from vfio_user.dma.memory import GuestMemory
+
+logger = logging.getLogger("vfio_user.devices.nvme")
+
+QUIESCE_TIMEOUT = 20.0
+"""Seconds that the storage may take for what is under way when all must stand still."""
+BUS_MASTER_TIMEOUT = 1.0
+"""Seconds that it may take where the host waits for it with a write to config space: less than a VMM's patience."""
 
 Spans = Iterable[tuple[int, int]]
 """(address, size) in bytes, in the guest's memory."""
@@ -30,18 +39,118 @@ class Halt(Flag):
     """The client left. The next one may be another guest's, with other memory in the same place: until it rings."""
 
 
-HOST_RINGS = Halt.MEMORY | Halt.CLIENT
+_HOST_RINGS = Halt.MEMORY | Halt.CLIENT
 """What is over when the host rings: it knows of the queues, and where they are."""
 
 
-def queue_memory(executor: Executor, page_size: int) -> Iterator[tuple[int, int]]:
+class Standstill:
+    """Holds an executor as long as there is a reason to. ``go_on`` is called when the last one is gone.
+
+    What is under way ends all the same, and is completed: unless the host does not allow that.
+    """
+
+    def __init__(self, executor: Executor, memory: GuestMemory, go_on: Callable[[], None]) -> None:
+        self._executor = executor
+        self._memory = memory
+        self._go_on = go_on
+        self._reasons = Halt(0)
+
+    def halt(self, reason: Halt) -> None:
+        """Begin nothing new."""
+        self._reasons |= reason
+        self._executor.held = True
+
+    def resume(self, reasons: Halt) -> None:
+        """Those are no reasons any more."""
+        before, self._reasons = self._reasons, self._reasons & ~reasons
+        self._executor.held = bool(self._reasons)
+        if before and not self._reasons:
+            self._go_on()
+
+    def host_rings(self) -> None:
+        """The host knows where its queues are, whatever came in between; or it begins anew, with others."""
+        self.resume(_HOST_RINGS)
+
+    # What is under way
+
+    @property
+    def withholds(self) -> bool:
+        """Whether what workers have ended is not to be completed for now: completions are DMA, unless of no queue."""
+        return bool(self._reasons & Halt.BUS_MASTER and self._executor.submissions)
+
+    def land(self) -> None:
+        """Workers have ended something."""
+        if not self.withholds:
+            self._executor.land()
+
+    def quiesce(self) -> None:
+        """Let what is under way end; what waits is carried out afterwards. Raises OSError(ETIMEDOUT)."""
+        if self._executor.idle():
+            return
+        self.halt(Halt.QUIESCE)
+        try:
+            if self.withholds:
+                self._executor.workers.wait(QUIESCE_TIMEOUT)
+            else:
+                self._executor.quiesce(QUIESCE_TIMEOUT)
+        finally:
+            self.resume(Halt.QUIESCE)
+
+    def end_all(self) -> None:
+        """Wait for what is under way and complete it, what was withheld, too: none of it travels. To be called while
+        there is a reason to stand still. Raises OSError(ETIMEDOUT).
+        """
+        self._executor.quiesce(QUIESCE_TIMEOUT)
+
+    # The bus master bit
+
+    def follow_bus_master(self, allowed: bool) -> None:
+        """The host allows DMA, or does not."""
+        if allowed:
+            self.resume(Halt.BUS_MASTER)
+        elif not self._reasons & Halt.BUS_MASTER:
+            self._end_dma()
+
+    def _end_dma(self) -> None:
+        """The host allows no DMA any more, or put the device to sleep. What is under way ends before its write does, if
+        it can; else, workers may still move data, and it is completed when DMA is allowed again.
+        """
+        self.halt(Halt.BUS_MASTER)
+        if not self._executor.submissions:
+            return
+        try:
+            # Also from within a completion, where DMA by messages serves the client.
+            self._executor.workers.wait(BUS_MASTER_TIMEOUT)
+            self._executor.land()
+        except OSError as error:
+            logger.warning("DMA goes on without the bus master bit: %s", error)
+
+    # The memory of the queues
+
+    def mapped(self) -> None:
+        """The guest has more memory than before."""
+        if self._reasons & Halt.MEMORY:
+            self.look_for_memory()
+
+    def unmapped(self, address: int, size: int) -> None:
+        """The guest's memory there is gone."""
+        if not self._reasons & Halt.MEMORY and _overlaps(_queue_memory(self._executor), address, size):
+            self.halt(Halt.MEMORY)
+
+    def look_for_memory(self) -> None:
+        """The queues may be others than before."""
+        there = _is_mapped(self._memory, _queue_memory(self._executor))
+        (self.resume if there else self.halt)(Halt.MEMORY)
+
+
+def _queue_memory(executor: Executor) -> Iterator[tuple[int, int]]:
     """Where the queues of a controller are, and the buffers that mirror their doorbells."""
     for entry_size, queues in ((SQE_SIZE, executor.submissions), (CQE_SIZE, executor.completions)):
         for queue in queues.values():
             yield from _pieces(queue.ring, entry_size)
     if executor.doorbells is not None:
-        yield executor.doorbells.shadow, page_size
-        yield executor.doorbells.events, page_size
+        yield executor.doorbells.shadow, BUFFER
+        yield executor.doorbells.events, BUFFER
 
 
 def _pieces(ring: Ring, entry_size: int) -> Iterator[tuple[int, int]]:
@@ -49,12 +158,12 @@ def _pieces(ring: Ring, entry_size: int) -> Iterator[tuple[int, int]]:
         yield address, entry_size * min(ring.per_piece, ring.size - number * ring.per_piece)
 
 
-def overlaps(spans: Spans, address: int, size: int) -> bool:
+def _overlaps(spans: Spans, address: int, size: int) -> bool:
     """Whether there are bytes of ``spans`` among ``size`` from ``address`` on."""
     return any(start < address + size and address < start + length for start, length in spans)
 
 
-def is_mapped(memory: GuestMemory, spans: Spans) -> bool:
+def _is_mapped(memory: GuestMemory, spans: Spans) -> bool:
     """Whether all of it is somewhere, in whatever way it can be reached."""
     return all(_is_there(memory, address, size) for address, size in spans)
 
