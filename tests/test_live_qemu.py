@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfio_user.errors import MigrationError
-from vfio_user.live.qemu import ClosedError, LateError, Monitor, MonitorError, Plan, RefusedError
+from vfio_user.devices.edu import Edu
+from vfio_user.errors import CommandError, ConnectionClosedError, MigrationError
+from vfio_user.live.qemu import ClosedError, LateError, Monitor, MonitorError, NamedControl, Plan, RefusedError
 from vfio_user.live.qemu.config_image import SIZE, ConfigImage, ConfigWrite, MsixTable
+from vfio_user.live.qemu.debugger import Debugger
 from vfio_user.live.qemu.gdbstub import GdbStub
 from vfio_user.live.qemu.handover import masked_vectors
+from vfio_user.live.qemu.incoming import Incoming
 from vfio_user.live.qemu.machine import Machine, PciFunction, path_text
+from vfio_user.live.qemu.monitor import MigrationInfo, RamProgress
+from vfio_user.live.qemu.passes import Passes
 from vfio_user.live.report import Report, Status
 from vfio_user.live.text import report_text
+from vfio_user.wire.constants import PAGE_SIZE, DeviceState
+
+from .qemu.migrate_support import Served
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -176,21 +187,26 @@ def test_what_is_no_gdbstub_is_found_out(tmp_path: Path, says: bytes) -> None:
 
 
 def test_no_gdbstub_at_all(tmp_path: Path) -> None:
-    with pytest.raises(MigrationError, match="No such file"):
+    with pytest.raises(MigrationError, match=r"gdb: No such file or directory$"):
         GdbStub(str(tmp_path / "gdb"), TIMEOUT)
 
 
 # QMP
 
 
-def qmp(answers: dict[str, object]) -> Peer:
-    """A QEMU that answers commands by name; what is not among them, with an error; None: it hangs up."""
+def qmp(answers: dict[str, object], asked: list[str] | None = None) -> Peer:
+    """A QEMU that answers commands by name; what is not among them, with an error; None: it hangs up.
+
+    Notes in ``asked`` what it was.
+    """
 
     def talk(client: socket.socket) -> None:
         client.sendall(json.dumps(GREETING).encode() + b"\n")
-        while asked := client.recv(4096):  # one at a time, with nothing to tell where it ends
-            command = json.loads(asked)
+        while said := client.recv(4096):  # one at a time, with nothing to tell where it ends
+            command = json.loads(said)
             name = command["execute"]
+            if asked is not None:
+                asked.append(name)
             if name in answers and answers[name] is None:
                 return
             error = {"class": "CommandNotFound", "desc": f"no {name}"}
@@ -240,16 +256,18 @@ def test_a_qemu_that_goes_is_gone_from_then_on(tmp_path: Path) -> None:
             monitor.wait_event(TIMEOUT)
 
 
-def test_a_qemu_that_says_nothing_is_late(tmp_path: Path) -> None:
-    def talk(client: socket.socket) -> None:
-        client.sendall(json.dumps(GREETING).encode() + b"\n")
-        client.recv(4096)
-        client.sendall(b'{"return": {}}\n')
-        while client.recv(4096):
-            pass
+def silent(client: socket.socket) -> None:
+    """A QEMU that hangs once it has said who it is."""
+    client.sendall(json.dumps(GREETING).encode() + b"\n")
+    client.recv(4096)
+    client.sendall(b'{"return": {}}\n')
+    while client.recv(4096):
+        pass
 
+
+def test_a_qemu_that_says_nothing_is_late(tmp_path: Path) -> None:
     with (
-        served(tmp_path / "qmp", talk) as path,
+        served(tmp_path / "qmp", silent) as path,
         Monitor("source", path, 0.3) as monitor,
         pytest.raises(LateError, match=r"query-status: no answer within 0\.3 s"),
     ):
@@ -285,6 +303,28 @@ def test_a_monitor_that_was_closed_says_so(tmp_path: Path) -> None:
         with pytest.raises(ClosedError, match="this monitor was closed"):
             monitor.status()
         monitor.close()
+
+
+def test_a_qemu_that_was_not_reached_may_be_there_still(tmp_path: Path) -> None:
+    asked: list[str] = []
+    with (
+        served(tmp_path / "qmp", qmp({**ALIVE, "query-status": None}, asked)) as path,
+        Monitor("destination", path, TIMEOUT) as monitor,
+    ):
+        with pytest.raises(ClosedError):
+            monitor.quit()
+        with pytest.raises(MigrationError, match="the destination QEMU may still be there: see that it ends"):
+            Incoming(Machine(monitor), [], Debugger(monitor, TIMEOUT)).end(devices_ran=False)
+    assert "quit" not in asked
+
+
+def test_a_qemu_that_goes_when_told_to_has_ended(tmp_path: Path) -> None:
+    status = {"status": "running", "running": True}
+    with (
+        served(tmp_path / "qmp", qmp({**ALIVE, "query-status": status, "quit": None})) as path,
+        Monitor("destination", path, TIMEOUT) as monitor,
+    ):
+        monitor.quit()
 
 
 @pytest.mark.parametrize("prints", ["", "portl[0x0cf8] = many", "unknown command: 'i'", "0x" + "f" * 100_000])
@@ -331,8 +371,72 @@ def test_another_qemu_is_refused_whatever_else_it_says(tmp_path: Path, version: 
         Monitor("source", source, TIMEOUT) as one,
         Monitor("destination", destination, TIMEOUT) as other,
     ):
-        (obstacle,) = Plan(Machine(one), Machine(other), []).obstacles
+        (obstacle,) = Plan(Machine(one), Machine(other), [], Debugger(other, TIMEOUT)).obstacles
         assert obstacle.startswith(reason)
+
+
+# Control sockets
+
+
+@pytest.fixture
+def edu(tmp_path: Path) -> Iterator[Served]:
+    with ExitStack() as stack:
+        served = Served(Edu(), tmp_path, "edu")
+        stack.callback(served.stop)
+        yield served
+
+
+def test_errors_say_whose_control_socket_it_is(edu: Served) -> None:
+    with NamedControl.connect(edu.control_path, TIMEOUT) as control:
+        control.name = "the source's a.ctl"
+        assert control.migration_get_state() is DeviceState.RUNNING
+        with pytest.raises(CommandError, match=r"^the source's a\.ctl: CONTROL_PUSH refused: ") as refused:
+            control.push()
+        assert refused.value.errno == errno.ENOTCONN
+        edu.stop()
+        with pytest.raises(ConnectionClosedError, match=r"^the source's a\.ctl: "):
+            control.migration_get_state()
+
+
+def test_a_control_socket_behind_which_there_is_nobody_is_named(tmp_path: Path) -> None:
+    with served(tmp_path / "s", silent) as qemu, served(tmp_path / "gone", lambda _: None) as gone:
+        command = [
+            sys.executable,
+            "-m",
+            "vfio_user",
+            "qemu-save",
+            "--from",
+            qemu,
+            "--device",
+            gone,
+            str(tmp_path / "f"),
+        ]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stderr
+    assert said == f"vfio-user: {gone}: it hangs up: is a server behind it?\n"
+
+
+# Passes over the memory
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1000), st.integers(0, 50)), max_size=20))
+def test_all_that_was_sent_is_in_one_of_the_passes(looks: list[tuple[int, int, int]]) -> None:
+    passes, rounds = Passes(), []
+    count = sent = left = 0
+    for number, (begun, pages, left) in enumerate([*looks, (0, 0, 0)]):
+        count, sent = count + begun, sent + pages
+        ram = RamProgress(sent * PAGE_SIZE, left * PAGE_SIZE, sent, 0, dirty_sync_count=count, page_size=PAGE_SIZE)
+        rounds.append(passes.see(MigrationInfo("active", ram), stopped=number == len(looks)))
+    done = [one for one in rounds if one is not None]
+    assert (sum(one.pages for one in done), sum(one.memory_bytes for one in done)) == (sent, sent * PAGE_SIZE)
+    assert [one.stopped for one in done] == [False] * (len(done) - 1) + [True]
+    assert len(done) <= max(count, 1)
+    assert done[-1].left == left == 0
+
+
+def test_before_anything_is_sent_there_is_no_pass() -> None:
+    passes = Passes()
+    assert passes.see(MigrationInfo()) is None
+    assert passes.time_for_the_rest == float("inf")
 
 
 # What it says

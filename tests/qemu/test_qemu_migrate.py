@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vfio_user import Bar, Device
 from vfio_user.devices.edu import Edu
 from vfio_user.devices.gpio import Gpio
 from vfio_user.errors import MigrationError
@@ -390,6 +391,29 @@ def test_memory_that_the_devices_do_not_share_is_refused(bench: Bench) -> None:
     assert "of the source QEMU is not shared with the devices" in refused(bench, source, destination)
 
 
+class Messenger(Device):
+    """A device that signals by MSI-X."""
+
+    vendor_id, device_id = 0x494F, 0x0C0E
+    bars = {0: Bar(PAGE)}
+    msix_vectors = 2
+
+
+def test_a_table_of_messages_that_could_not_be_written_is_found_before_anything_changes(bench: Bench) -> None:
+    """A machine without a processor has nothing to debug."""
+    source = bench.side("s", [Messenger()])
+    destination = bench.side("d", [Messenger()], extra_args=INCOMING)
+    devfn = source.machine.devfns[0]
+    source.machine.map_bar(devfn, 0, BAR)
+    assert bench.migration(source, destination).plan().obstacles == []  # the guest does not use it
+    source.machine.config_write(devfn, _capability(source.machine, devfn, 0x11) + 2, 0x8000, 2)
+    said = refused(bench, source, destination)
+    assert "the MSI-X table of 01.0 cannot be written: the destination QEMU does not start its gdbstub: current" in said
+    assert destination.machine.qmp("query-status")["status"] == "inmigrate"
+    running = bench.side("r", [Messenger()])  # which a debugger would stop: it is not tried
+    assert "table" not in refused(bench, source, running)
+
+
 def test_a_machine_of_another_version_is_refused(bench: Bench, pair: tuple[Side, Side]) -> None:
     other = bench.side("o", [Edu()], extra_args=["-machine", "pc-q35-10.1,memory-backend=ram", *INCOMING])
     assert "start the destination with -machine pc-q35-11.1" in refused(bench, pair[0], other)
@@ -435,6 +459,9 @@ def test_a_cold_move_copies_all_that_a_device_wrote(bench: Bench, pair: tuple[Si
     assert destination.machine.read(TARGET, PAGE) == PATTERN
     assert moved_whole(destination.machine)
     assert list(job.report.causes) == ["stop", "memory", "save", "switch", "load", "programming", "start"]
+    (memory,) = job.report.rounds
+    assert memory.stopped
+    assert memory.memory_bytes > memory.pages > 0
 
 
 @pytest.mark.parametrize("moment", ["stop", "memory", "load"])

@@ -17,10 +17,9 @@ from typing import Any
 import pytest
 
 from tests.ssh_support import OtherHost, other_host
-from vfio_user.client.control import ControlClient
 from vfio_user.devices.edu import Edu
 from vfio_user.errors import MigrationError
-from vfio_user.live.qemu import DevicePair, Monitor, QemuMigration
+from vfio_user.live.qemu import DevicePair, Monitor, NamedControl, QemuMigration
 from vfio_user.live.report import Status
 from vfio_user.testing.linux import Guest
 from vfio_user.testing.qemu import QemuError
@@ -93,7 +92,8 @@ class TwoHosts:
                 stack.enter_context(Monitor(*names, timeout))
                 for names in (("source", "a.qmp"), ("destination", "b.qmp"))
             )
-            controls = (stack.enter_context(ControlClient.connect(name, timeout)) for name in ("a0.ctl", "b0.ctl"))
+            controls = [stack.enter_context(NamedControl.connect(name, timeout)) for name in ("a0.ctl", "b0.ctl")]
+            controls[0].name, controls[1].name = "the source's a0.ctl", "the destination's b0.ctl"
             pair = DevicePair("edu", *controls)
             yield QemuMigration(source, destination, [pair], uri=tcp(), timeout=timeout, keep_source=True, **options)
 
@@ -192,7 +192,7 @@ def test_what_is_wrong_with_a_forward_is_said_before_anything_changes(
     with hosts.forwarding(*SOCKETS, instead={"b.qmp": "b0.ctl"}):
         assert "b.qmp says nothing: is it a QMP socket" in hosts.complaint()
     with hosts.forwarding(*SOCKETS, instead={"b0.ctl": "nothing"}):
-        assert "b0.ctl: " in hosts.complaint()
+        assert "b0.ctl: it hangs up" in hosts.complaint()
     with hosts.forwarding(*SOCKETS) as send:
         send(signal.SIGKILL)
         assert "b.qmp: Connection refused" in hosts.complaint()
@@ -207,10 +207,11 @@ def test_when_the_connection_is_cut_the_source_runs_on(hosts: TwoHosts, sides: t
     with (
         hosts.forwarding(*SOCKETS),
         hosts.job(check=at(lambda: job, moment, hosts.ssh.cut)) as job,
-        pytest.raises(MigrationError),
+        pytest.raises(MigrationError, match=r"the destination( QEMU|'s b0\.ctl): "),
     ):
         list(job.run())
     assert job.report.status is Status.FAILED
+    assert "the destination QEMU may still be there: see that it ends" in str(job.report.error)
     assert source.runs
     assert is_whole(source.machine)
     assert not destination.runs
@@ -221,7 +222,7 @@ def test_a_connection_that_hangs_is_as_good_as_cut(hosts: TwoHosts, sides: tuple
     with (
         hosts.forwarding(*SOCKETS) as send,
         hosts.job(timeout=2, check=at(lambda: job, "switch", lambda: send(signal.SIGSTOP))) as job,
-        pytest.raises(MigrationError, match="in time"),
+        pytest.raises(MigrationError, match="the destination"),
     ):
         list(job.run())
     assert source.runs
@@ -260,15 +261,19 @@ def test_a_device_with_msix_needs_the_gdbstub_forwarded(
     hosts: TwoHosts, qemu: Path, guest: Guest, tmp_path: Path
 ) -> None:
     image = create_image(tmp_path / "disk.img", 16 * MIB)
-    with linux_with_disk(qemu, guest, hosts.here, "a", image) as linux:
+    with (
+        linux_with_disk(qemu, guest, hosts.here, "a", image) as linux,
+        linux_with_disk(qemu, guest, hosts.there, "b", image, arriving=True) as arrived,
+    ):
         written = write_disk(linux)
-        with linux_with_disk(qemu, guest, hosts.there, "b", image, arriving=True), hosts.forwarding(*SOCKETS):
-            done = hosts.command("--uri", tcp(), "--gdb", "b.gdb")
-            assert (done.returncode, "gdb" in done.stderr) == (1, True), done
+        with hosts.forwarding(*SOCKETS):
+            for options, reason in (([], "cannot be handed a socket"), (["--gdb", "b.gdb"], "b.gdb: No such file")):
+                done = hosts.command("--uri", tcp(), *options)
+                assert "failed at check" in done.stdout, done
+                assert reason in done.stderr
         assert read_disk(linux) == written
-        with linux_with_disk(qemu, guest, hosts.there, "b", image, arriving=True) as arrived:
-            with hosts.forwarding(*SOCKETS, "b.gdb"):
-                done = hosts.command("--uri", tcp(), "--gdb", "b.gdb")
-            assert "completed: the destination runs" in done.stdout, done
-            assert read_disk(arrived) == written
-            assert complaints(linux.console + arrived.console) == []
+        with hosts.forwarding(*SOCKETS, "b.gdb"):
+            done = hosts.command("--uri", tcp(), "--gdb", "b.gdb")
+        assert "completed: the destination runs" in done.stdout, done
+        assert read_disk(arrived) == written
+        assert complaints(linux.console + arrived.console) == []

@@ -650,6 +650,17 @@ def test_where_it_does_not_fit_it_is_refused_before_anything_changes(world: Worl
     assert moved_whole(one.machine)
 
 
+def test_a_table_of_messages_that_could_not_be_written_is_found_before_anything_changes(world: World) -> None:
+    source = world.side("s", [Express()])
+    source.machine.map_bar(source.machine.devfns[0], 1, BAR)
+    source.machine.writel(BAR, 0xFEE0_0000)
+    world.save(source).run()
+    destination = world.destination(Express())
+    with pytest.raises(MigrationError, match=r"the MSI-X table of 01\.0 cannot be written: the destination QEMU"):
+        world.restore(destination).run()
+    assert destination.machine.qmp("query-status")["status"] == "inmigrate"
+
+
 # By command
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from vfio_user.cli.reasons import naming
-from vfio_user.client.control import ControlClient
-from vfio_user.errors import CallTimeoutError, MigrationError, NegotiationError
+from vfio_user.errors import CallTimeoutError, ConnectionClosedError, MigrationError, NegotiationError
 from vfio_user.live.text import clean, duration, size
 
 if TYPE_CHECKING:
-    from vfio_user.live.qemu import QemuRestore, QemuSave, ServedDevice, SnapshotReport
+    from vfio_user.live.qemu import NamedControl, QemuRestore, QemuSave, ServedDevice, SnapshotReport
 
 CALLS_PER_STEP = 6
 """What takes as long as that many answers may: a QEMU that loads its machine, a device its state."""
@@ -34,23 +33,26 @@ def need_qmp(command: str) -> None:
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it has to say is in the errors that it raises
 
 
-@contextmanager
-def control(path: str, timeout: float) -> Iterator[ControlClient]:
-    """A connection to a control socket; errors name it."""
+def control(path: str, role: str, timeout: float) -> NamedControl:
+    """A connection to a control socket; errors name it, and the side that it is of."""
+    from vfio_user.live.qemu import NamedControl
+
     with naming(path):
         try:
-            client = ControlClient.connect(path, timeout)
+            client = NamedControl.connect(path, timeout)
+        except ConnectionClosedError as error:
+            raise MigrationError(f"{path}: it hangs up: is a server behind it?") from error
         except (NegotiationError, CallTimeoutError) as error:
             raise MigrationError(f"{path} is no control socket, as serve --control makes it: {error}") from error
-    with client:
-        yield client
+    client.name = f"the {role}'s {path}"
+    return client
 
 
-def served(stack: ExitStack, paths: Sequence[str], timeout: float) -> list[ServedDevice]:
-    """The devices behind control sockets."""
+def served(stack: ExitStack, paths: Sequence[str], role: str, timeout: float) -> list[ServedDevice]:
+    """The devices of one side, behind control sockets."""
     from vfio_user.live.qemu import ServedDevice
 
-    return [ServedDevice(path, stack.enter_context(control(path, timeout))) for path in paths]
+    return [ServedDevice(path, stack.enter_context(control(path, role, timeout))) for path in paths]
 
 
 def tell_plan(devices: Iterable[tuple[str, str]], memory: str, obstacles: Sequence[str]) -> None:

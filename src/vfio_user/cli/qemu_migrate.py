@@ -46,7 +46,7 @@ _ADVICE = "; see whether its guest runs, then: vfio-user qemu-migrate --recover"
     "--gdb",
     metavar="PATH",
     type=click.Path(),
-    help="A socket that the destination's QEMU makes and this command reaches, for devices with MSI-X.",
+    help="For devices with MSI-X on another host: a socket that its QEMU makes and that is reached here, too.",
 )
 @click.option("--shared-memory", is_flag=True, help="Both have their memory in the same file, which is not copied.")
 @click.option("--cold", is_flag=True, help="Stop the guest first: for one with an IOMMU, and devices that do not log.")
@@ -140,7 +140,8 @@ def _pairs(stack: ExitStack, devices: Sequence[str], timeout: float) -> list[Dev
         paths = device.split(":")
         if len(paths) != 2 or not all(paths):
             raise click.UsageError(f"--device {device}: write SRC:DST")
-        pairs.append(DevicePair(device, *(stack.enter_context(control(path, timeout)) for path in paths)))
+        sides = zip(paths, ("source", "destination"), strict=True)
+        pairs.append(DevicePair(device, *(stack.enter_context(control(*side, timeout)) for side in sides)))
     return pairs
 
 

@@ -27,7 +27,7 @@ from vfio_user.tools.interrupts import Interrupts
     "--gdb",
     metavar="PATH",
     type=click.Path(),
-    help="A socket that the QEMU makes and this command reaches, for devices with MSI-X.",
+    help="For devices with MSI-X, if QEMU cannot be given a socket: one that it makes and that is reached here, too.",
 )
 @click.option("--paused", is_flag=True, help="Do not let the guest go on: cont, by QMP, does.")
 @click.option("--dry-run", is_flag=True, help="Read all of it and say what stands against it; change nothing.")
@@ -54,7 +54,7 @@ def qemu_restore(
     with ExitStack() as stack:
         job = QemuRestore(
             stack.enter_context(Monitor("destination", destination, timeout)),
-            served(stack, devices, timeout),
+            served(stack, devices, "destination", timeout),
             folder,
             gdb=gdb,
             paused=paused,

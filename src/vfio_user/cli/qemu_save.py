@@ -53,7 +53,7 @@ def qemu_save(
     with ExitStack() as stack:
         job = QemuSave(
             stack.enter_context(Monitor("source", source, timeout)),
-            served(stack, devices, timeout),
+            served(stack, devices, "source", timeout),
             folder,
             end=end,
             timeout=CALLS_PER_STEP * timeout,

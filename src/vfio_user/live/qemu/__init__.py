@@ -15,6 +15,7 @@ from vfio_user.live.qemu.monitor import (
     MonitorError,
     RefusedError,
 )
+from vfio_user.live.qemu.named_control import NamedControl
 from vfio_user.live.qemu.places import ServedDevice
 from vfio_user.live.qemu.plan import DevicePair, Plan, RestorePlan, SavePlan
 from vfio_user.live.qemu.snapshot import QemuRestore, QemuSave, SnapshotReport
@@ -27,6 +28,7 @@ __all__ = [
     "LateError",
     "Monitor",
     "MonitorError",
+    "NamedControl",
     "Plan",
     "QemuMigration",
     "QemuRestore",

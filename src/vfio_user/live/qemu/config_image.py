@@ -84,7 +84,12 @@ class ConfigImage:
         """Whether the guest has enabled MSI or MSI-X: then INTx is out of use."""
         at = self._capability(CAP_MSI)
         msi = at is not None and bool(self.number(at + 2, 2) & MSI_ENABLE)
-        return msi or (self.msix is not None and bool(self.msix.control & MSIX_ENABLE))
+        return msi or self.uses_msix
+
+    @property
+    def uses_msix(self) -> bool:
+        """Whether the guest has enabled MSI-X."""
+        return self.msix is not None and bool(self.msix.control & MSIX_ENABLE)
 
     @property
     def sleep(self) -> ConfigWrite | None:

@@ -44,7 +44,7 @@ class GdbStub:
         except OSError as error:
             self._socket.close()
             where = f"gdbstub at {place}" if isinstance(place, str) else "gdbstub"
-            raise MigrationError(f"{where}: {error}") from error
+            raise MigrationError(f"{where}: {error.strerror or error}") from error
         except BaseException:
             self._socket.close()
             raise
@@ -64,7 +64,7 @@ class GdbStub:
                 piece = data[at : at + PIECE]
                 self._command(b"M%x,%x:%s" % (address + at, len(piece), piece.hex().encode()))
         except OSError as error:
-            raise MigrationError(f"gdbstub: {error}") from error
+            raise MigrationError(f"gdbstub: {error.strerror or error}") from error
 
     def _command(self, packet: bytes) -> None:
         answer = self._ask(packet)

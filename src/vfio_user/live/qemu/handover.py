@@ -81,7 +81,9 @@ class SourceDevice:
         config = config_image(self.control)
         table = self._table(config)
         if config.has_intx and not config.command & COMMAND_INTX_DISABLE:
-            # A line that is asserted now would stay so in the destination, where nobody knows who asserts it.
+            # A line that is asserted now would stay so in the destination, where nobody knows who asserts it. (To read
+            # from a BAR would lower it, too; but there must be one that is mapped, and servers that are not ours may
+            # raise it again while the device stands.)
             self._set_command(config.command | COMMAND_INTX_DISABLE)
             self._lowered = config.command
         return Handover(config, table)

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from vfio_user.errors import CallTimeoutError, CommandError, MigrationError, VfioUserError
 from vfio_user.live.destination import UnconfirmedError
-from vfio_user.live.qemu.gdbstub import GdbStub
+from vfio_user.live.qemu.debugger import Debugger
 from vfio_user.live.qemu.handover import DestinationDevice, Handover
 from vfio_user.live.qemu.machine import Machine
-from vfio_user.live.qemu.monitor import MigrationInfo, MonitorError, RefusedError
+from vfio_user.live.qemu.monitor import ClosedError, LateError, MigrationInfo, MonitorError, RefusedError
 from vfio_user.live.qemu.places import PlacedDevice, ServedDevice
 from vfio_user.wire.constants import DeviceState
 
-_CHARDEV = "vfio-user-gdb"
-"""What QEMU calls the socket of its gdbstub meanwhile."""
-
 
 class Incoming:
-    """A QEMU that waits for a guest, and its devices, ``served``.
+    """A QEMU that waits for a guest, and its devices, ``served``; ``debugger`` is for those that use MSI-X."""
 
-    ``gdb`` is a path for a socket that QEMU makes and this process reaches, where a device uses MSI-X; by default QEMU
-    is given a socket, for which it must be on this host. ``timeout`` in seconds bounds each wait for that.
-    """
-
-    def __init__(self, machine: Machine, served: Sequence[ServedDevice], timeout: float, gdb: str | None) -> None:
+    def __init__(self, machine: Machine, served: Sequence[ServedDevice], debugger: Debugger) -> None:
         self.machine, self.monitor = machine, machine.monitor
         self._served = served
-        self._timeout = timeout
-        self._gdb = gdb
+        self._debugger = debugger
 
     def prepare(self) -> None:
         """The devices wait for their states."""
@@ -74,7 +65,7 @@ class Incoming:
         """Tell QEMU of each of ``devices`` what it has lost, and see whether it and the server have it."""
         for placed, handover in zip(devices, handovers, strict=True):
             device = DestinationDevice(self.machine, placed.function.path, placed.served.name, placed.served.control)
-            device.program(handover, guest_address, self.write_memory)
+            device.program(handover, guest_address, self._debugger.write)
             device.verify(handover)
             device.mark_pending(handover)
             device.put_to_sleep(handover)
@@ -100,42 +91,17 @@ class Incoming:
             raise UnconfirmedError(f"the guest was told to go on and its QEMU did not answer: {error}") from error
 
     def end(self, *, devices_ran: bool) -> None:
-        """Its guest never ran, and must not."""
+        """Its guest never ran, and must not. Raises MigrationError where that is not sure."""
         if devices_ran:
             for one in self._served:
                 with suppress(VfioUserError, OSError):
                     one.control.migration_set_state(DeviceState.STOP)
-        self.monitor.quit()
-
-    def write_memory(self, address: int, data: bytes) -> None:
-        """Write guest-physical memory, registers of devices included, by QEMU's gdbstub."""
-        with ExitStack() as stack:
-            place: str | socket.socket
-            if self._gdb is None:
-                place, option = stack.enter_context(self._given_socket()), f"chardev:{_CHARDEV}"
-            else:
-                place, option = self._gdb, f"unix:{self._gdb},server=on,wait=off"
-            stack.callback(self.monitor.hmp, "gdbserver none")
-            said = self.monitor.hmp(f"gdbserver {option}")
-            if not said.startswith("Waiting for gdb"):
-                raise MonitorError(f"the destination QEMU has no gdbstub, which MSI-X needs: {said}")
-            stack.enter_context(GdbStub(place, self._timeout)).write(address, data)
-
-    @contextmanager
-    def _given_socket(self) -> Iterator[socket.socket]:
-        """A socket of which QEMU has the other end, as a character device."""
-        ours, theirs = socket.socketpair()
-        with ours:
-            with theirs:
-                self.monitor.give(theirs.fileno(), _CHARDEV)
-            address = {"type": "fd", "data": {"str": _CHARDEV}}
-            backend = {"type": "socket", "data": {"addr": address, "server": False}}
-            self.monitor.execute("chardev-add", id=_CHARDEV, backend=backend)
-            try:
-                yield ours
-            finally:
-                with suppress(MonitorError):  # it went with the gdbstub, if there was one
-                    self.monitor.execute("chardev-remove", id=_CHARDEV)
+        try:
+            self.monitor.quit()
+        except (ClosedError, LateError) as error:
+            raise MigrationError(
+                f"the {self.machine.name} QEMU may still be there: see that it ends, it must not run the guest"
+            ) from error
 
 
 def _set_state(one: ServedDevice, state: DeviceState) -> None:

@@ -10,15 +10,15 @@ from vfio_user.live.report import Report, Step
 
 
 class Job:
-    """Something that is done in steps, between which ``check`` is called, and may raise."""
+    """Something that is done in steps, between which ``check`` is called, and may raise. ``report``: how it goes."""
 
     def __init__(self, report: Report, check: Callable[[], None]) -> None:
-        self._told = report
+        self.report = report
         self._interrupt = check
 
     def _enter(self, step: Step) -> None:
         self._interrupt()
-        self._told.step = step
+        self.report.step = step
 
     @contextmanager
     def _timed(self, cause: str) -> Iterator[None]:
@@ -29,4 +29,4 @@ class Job:
             yield
         finally:
             spent = time.monotonic() - started
-            self._told.causes[cause] = self._told.causes.get(cause, 0.0) + spent
+            self.report.causes[cause] = self.report.causes.get(cause, 0.0) + spent

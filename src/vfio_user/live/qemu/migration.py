@@ -26,12 +26,14 @@ from tempfile import TemporaryDirectory
 
 from vfio_user.errors import MigrationError, VfioUserError
 from vfio_user.live.destination import UnconfirmedError, nothing
+from vfio_user.live.qemu.debugger import Debugger
 from vfio_user.live.qemu.handover import Handover
 from vfio_user.live.qemu.incoming import Incoming
 from vfio_user.live.qemu.job import Job
 from vfio_user.live.qemu.machine import Machine
-from vfio_user.live.qemu.monitor import POLL, ClosedError, MigrationInfo, Monitor
+from vfio_user.live.qemu.monitor import POLL, ClosedError, Monitor
 from vfio_user.live.qemu.outgoing import Outgoing, do_all
+from vfio_user.live.qemu.passes import Passes
 from vfio_user.live.qemu.places import PlacedDevice
 from vfio_user.live.qemu.plan import DevicePair, MovingDevice, Plan
 from vfio_user.live.report import Report, Round, Status, Step
@@ -71,12 +73,12 @@ class QemuMigration(Job):
         timeout: float = 30.0,
         check: Callable[[], None] = nothing,
     ) -> None:
-        self.report = Report()
-        super().__init__(self.report, check)
+        super().__init__(Report(), check)
         self.source, self.destination = Machine(source), Machine(destination)
         self._pairs = devices
         self._outgoing = Outgoing(self.source, [pair.here for pair in devices], timeout, check)
-        self._incoming = Incoming(self.destination, [pair.there for pair in devices], timeout, gdb)
+        self._debugger = Debugger(destination, timeout, gdb)
+        self._incoming = Incoming(self.destination, [pair.there for pair in devices], self._debugger)
         self._uri = uri
         self.downtime, self.max_passes, self.force = downtime, max_passes, force
         self._bandwidth = bandwidth
@@ -89,7 +91,14 @@ class QemuMigration(Job):
 
     def plan(self) -> Plan:
         """What would move, and what stands against it. Nothing changes."""
-        return Plan(self.source, self.destination, self._pairs, shared_memory=self.shared_memory, logs=self._logs)
+        return Plan(
+            self.source,
+            self.destination,
+            self._pairs,
+            self._debugger,
+            shared_memory=self.shared_memory,
+            logs=self._logs,
+        )
 
     def run(self) -> Generator[Round, None, None]:
         """Migrate; yields each pass over the memory, and leaves the outcome in ``report``. Raises MigrationError.
@@ -124,8 +133,11 @@ class QemuMigration(Job):
             self.report.step, self._outgoing.servers.logging = Step.PRE_COPY, True
             self._outgoing.suspect()
             self._roll_back()
-            if self.report.error or not self.source.monitor.status().running:
-                raise MigrationError(f"the source's guest does not run on{self.report.error or ''}")
+            runs = self.source.monitor.status().running
+            if self.report.error or not runs:
+                raise MigrationError(
+                    f"the source's guest {'runs' if runs else 'does not run'} on{self.report.error or ''}"
+                )
         return self.report.status
 
     def _is_at_destination(self) -> bool:
@@ -148,7 +160,7 @@ class QemuMigration(Job):
         self._outgoing.guest_runs = self.source.monitor.status().running
         self._prepare()
         if self.cold:
-            self._stop_first(folder)
+            yield from self._stop_first(folder)
         else:
             self._enter(Step.PRE_COPY)
             self._begin(folder)
@@ -198,7 +210,7 @@ class QemuMigration(Job):
     def _pre_copy(self) -> Iterator[Round]:
         """Until what is left goes in the downtime that is allowed."""
         self._outgoing.servers.start_ahead()
-        passes = _Passes(time.monotonic())
+        passes = Passes()
         while True:
             info = self._outgoing.look()
             passes.device_bytes += self._send_ahead()
@@ -239,16 +251,21 @@ class QemuMigration(Job):
     def _waits(self) -> bool:
         return self._outgoing.look().status == "pre-switchover"
 
-    def _stop_first(self, folder: Path) -> None:
-        """Cold: nothing is written any more when the memory goes, and nothing needs to be logged."""
+    def _stop_first(self, folder: Path) -> Iterator[Round]:
+        """Cold: nothing is written any more when the memory goes, in one pass, and nothing needs to be logged."""
         self._enter(Step.PAUSE)
         self._paused_at = time.monotonic()
         with self._timed("stop"):
             self.source.monitor.execute("stop")
             self._stop_devices()
         with self._timed("memory"):
+            passes = Passes()
             self._begin(folder)
             self._outgoing.wait("it comes to the switch-over", self._waits, forever=True)
+            done = passes.see(self._outgoing.look(), stopped=True)
+        if done is not None:
+            self.report.rounds.append(done)
+            yield done
 
     def _stop_devices(self) -> None:
         self._enter(Step.STOP_COPY)
@@ -296,36 +313,3 @@ class QemuMigration(Job):
         parts.insert(0 if devices_ran else len(parts), partial(self._incoming.end, devices_ran=devices_ran))
         for failure in do_all([*parts, self._outgoing.put_settings_back]):
             self.report.error = f"{self.report.error or ''}; while rolling back: {failure}"
-
-
-class _Passes:
-    """QEMU's passes over the memory, as rounds."""
-
-    def __init__(self, now: float) -> None:
-        self._since = now
-        self._number, self._bytes, self._pages = 0, 0, 0
-        self.device_bytes = 0
-        self.time_for_the_rest = float("inf")
-        """Seconds, at the rate of the pass before; infinity as long as nothing tells."""
-
-    def see(self, info: MigrationInfo) -> Round | None:
-        """A pass that has ended since the last look."""
-        ram = info.ram
-        if ram is None or ram.dirty_sync_count <= self._number + 1:
-            return None
-        now = time.monotonic()
-        sent, pages = ram.transferred - self._bytes, ram.normal + ram.duplicate - self._pages
-        seconds = max(now - self._since, 1e-6)
-        self.time_for_the_rest = ram.remaining * seconds / sent if sent else 0.0
-        done = Round(
-            number=self._number + 1,
-            pages=pages,
-            memory_bytes=sent,
-            device_bytes=self.device_bytes,
-            seconds=seconds,
-            left=ram.remaining // ram.page_size,
-            downtime=self.time_for_the_rest,
-        )
-        self._number = ram.dirty_sync_count - 1
-        self._bytes, self._pages, self._since, self.device_bytes = ram.transferred, ram.normal + ram.duplicate, now, 0
-        return done

@@ -176,8 +176,10 @@ class Monitor:
         self._run(send(), "a descriptor")
 
     def quit(self) -> None:
-        """End this QEMU, and wait for that."""
+        """End this QEMU, and wait for that. Raises ClosedError where it was not reached: it may be there still."""
         deadline = time.monotonic() + self.timeout
+        with contextlib.suppress(LateError):
+            self.status()  # who answers is there, and has ended when the connection does
         with contextlib.suppress(ClosedError):
             self.execute("quit")
             while time.monotonic() < deadline:
@@ -236,6 +238,9 @@ class EndedMonitor(Monitor):
 
     def close(self) -> None:
         """There is nothing to leave."""
+
+    def quit(self) -> None:
+        """It has."""
 
     def execute(self, command: str, **arguments: Any) -> object:
         """Raises ClosedError."""

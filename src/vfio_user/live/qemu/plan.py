@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from vfio_user.client.control import ControlClient
 from vfio_user.errors import CommandError, MigrationError
 from vfio_user.live.offer import DeviceOffer, Offer
+from vfio_user.live.qemu.debugger import Debugger
 from vfio_user.live.qemu.machine import Machine, MachineShape, PluggedFunction
 from vfio_user.live.qemu.monitor import MIGRATING
-from vfio_user.live.qemu.places import PlacedDevice, ServedDevice, find_used, find_waiting, names, which
+from vfio_user.live.qemu.places import PlacedDevice, ServedDevice, config_image, find_used, find_waiting, names, which
 from vfio_user.live.qemu.snapshot_files import Manifest, SavedDevice
 from vfio_user.wire.constants import DeviceFeature, DeviceState
 
@@ -75,7 +76,7 @@ class Plan(Obstacles):
     """What is to move from ``source`` to ``destination``, and what stands against it.
 
     ``devices`` are those of ``pairs`` that were found, ``memory`` is the guest's in bytes. Nothing is changed but some
-    registers of the destination's devices, only for a moment.
+    registers of the destination's devices, only for a moment; ``debugger`` is the destination's.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Plan(Obstacles):
         source: Machine,
         destination: Machine,
         pairs: Sequence[DevicePair],
+        debugger: Debugger,
         *,
         shared_memory: bool = False,
         logs: bool = True,
@@ -103,6 +105,8 @@ class Plan(Obstacles):
                 self._shared_files() if shared_memory else (),
                 self._devices(),
             )
+        if not self.obstacles:
+            self._look(_unwritable(debugger, self._users_of_msix()))
 
     def _machines(self) -> Iterator[str]:
         here = self._source.shape()
@@ -131,6 +135,9 @@ class Plan(Obstacles):
             if not find_waiting(self._destination, placed.function, [pair.there]):
                 yield f"{pair.name}: the destination's control socket is not that of {placed.function.name} there"
             self.devices.append(MovingDevice(pair, placed.function))
+
+    def _users_of_msix(self) -> Iterator[str]:
+        return (one.function.name for one in self.devices if config_image(one.pair.source).uses_msix)
 
     def _misfits(self) -> Iterator[str]:
         for pair in self._pairs:
@@ -179,16 +186,20 @@ class RestorePlan(Obstacles):
     """Who is to take which part of a snapshot at the ``destination``, and what stands against it.
 
     ``devices``: those of the snapshot, in its order, as far as they were found; ``memory`` in bytes. Nothing is changed
-    but some registers of the destination's devices, only for a moment.
+    but some registers of the destination's devices, only for a moment; ``debugger`` is the destination's.
     """
 
-    def __init__(self, manifest: Manifest, destination: Machine, served: Sequence[ServedDevice]) -> None:
+    def __init__(
+        self, manifest: Manifest, destination: Machine, served: Sequence[ServedDevice], debugger: Debugger
+    ) -> None:
         super().__init__([destination])
         self._manifest, self._destination, self._served = manifest, destination, served
         self.memory = manifest.machine.memory
         self.devices: list[PlacedDevice] = []
         if self._known:
             self._look(self._machine(), _waiting(destination), _unshared(destination), self._devices())
+        if not self.obstacles:
+            self._look(_unwritable(debugger, (one.name for one in manifest.devices if one.msix.size)))
 
     def _machine(self) -> Iterator[str]:
         yield from _shape_misfits(self._manifest.machine, self._destination.shape())
@@ -281,6 +292,15 @@ def _waiting(machine: Machine) -> Iterator[str]:
 def _unshared(machine: Machine) -> Iterator[str]:
     for name in machine.unshared_memory():
         yield f"memory {name} of the {machine.name} QEMU is not shared with the devices: give it share=on"
+
+
+def _unwritable(debugger: Debugger, users: Iterable[str]) -> Iterator[str]:
+    """Where MSI-X tables cannot be written: of a QEMU that waits, which is not disturbed by a try."""
+    if users := list(users):
+        try:
+            debugger.check()
+        except MigrationError as error:
+            yield f"the MSI-X table of {', '.join(users)} cannot be written: {error}"
 
 
 # Devices

@@ -24,6 +24,7 @@ from vfio_user.errors import MigrationError, StreamError, VfioUserError
 from vfio_user.live.destination import UnconfirmedError, nothing
 from vfio_user.live.files import Header
 from vfio_user.live.files import Writer as StateWriter
+from vfio_user.live.qemu.debugger import Debugger
 from vfio_user.live.qemu.handover import Handover
 from vfio_user.live.qemu.incoming import Incoming
 from vfio_user.live.qemu.job import Job
@@ -73,6 +74,8 @@ class QemuSave(Job):
     saved. ``timeout`` in seconds bounds each step but the writing of memory. ``check`` is called often and may raise.
     """
 
+    report: SnapshotReport
+
     def __init__(
         self,
         source: Monitor,
@@ -83,8 +86,7 @@ class QemuSave(Job):
         timeout: float = 30.0,
         check: Callable[[], None] = nothing,
     ) -> None:
-        self.report = SnapshotReport()
-        super().__init__(self.report, check)
+        super().__init__(SnapshotReport(), check)
         self.source = Machine(source)
         self.folder = folder
         self._served = devices
@@ -223,6 +225,8 @@ class QemuRestore(Job):
     :class:`vfio_user.live.qemu.QemuMigration`. ``check`` is called often and may raise.
     """
 
+    report: SnapshotReport
+
     def __init__(
         self,
         destination: Monitor,
@@ -234,14 +238,12 @@ class QemuRestore(Job):
         timeout: float = 30.0,
         check: Callable[[], None] = nothing,
     ) -> None:
-        self.report = SnapshotReport()
-        super().__init__(self.report, check)
+        super().__init__(SnapshotReport(), check)
         self.destination = Machine(destination)
         self.folder = folder
         self._served = devices
-        self._gdb = gdb
         self._paused = paused
-        self._timeout = timeout
+        self._debugger = Debugger(destination, timeout, gdb)
         self.guest_runs = False
         """Whether it goes on, after :meth:`run`."""
 
@@ -257,9 +259,7 @@ class QemuRestore(Job):
             with self._opened() as snapshot:
                 plan = self._plan(snapshot)
                 plan.check()
-                incoming = Incoming(
-                    self.destination, [placed.served for placed in plan.devices], self._timeout, self._gdb
-                )
+                incoming = Incoming(self.destination, [placed.served for placed in plan.devices], self._debugger)
                 try:
                     self._restore(plan, snapshot, incoming)
                 except BaseException as error:
@@ -282,7 +282,7 @@ class QemuRestore(Job):
             raise MigrationError(f"{self.folder}: {error}") from error
 
     def _plan(self, snapshot: Snapshot) -> RestorePlan:
-        return RestorePlan(snapshot.manifest, self.destination, self._served)
+        return RestorePlan(snapshot.manifest, self.destination, self._served, self._debugger)
 
     def _restore(self, plan: RestorePlan, snapshot: Snapshot, incoming: Incoming) -> None:
         self._enter(Step.LOAD)
