@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vfio_user.devices.nvme.constants import CQE_SIZE, IoOpcode
+from vfio_user.devices.nvme.execution import MAX_SECONDS
 from vfio_user.devices.nvme.queues import CompletionQueue, Ring
 from vfio_user.devices.nvme.storage.base import Views
 from vfio_user.dma.memory import GuestMemory
@@ -19,6 +21,7 @@ from vfio_user.fds import OwnedFd
 from vfio_user.testing.nvme import Command
 from vfio_user.testing.nvme.commands import SGL, Completion
 from vfio_user.testing.nvme.data import prps
+from vfio_user.wire.constants import DeviceState
 
 from .nvme_table_support import DEPTH, MEMORY, READ_WRITE, Spinning, Table, table
 
@@ -140,6 +143,42 @@ def test_what_takes_waiting_is_left_to_workers(batches: list[list[Read]], slow: 
                 assert (status == 0) == (position <= BLOCKS)
                 address = DATA + place * SPACE
                 assert status or desk.memory[address : address + len(expected)] == expected
+
+
+def test_all_are_counted_after_a_migration() -> None:
+    with table(Spinning(), shadow=False) as desk:
+        device = desk.device
+        submit(desk, [PLAIN] * 3, 0)
+        device.migration_set_state(DeviceState.STOP)
+        device.load(device.save(), [])
+        device.migration_set_state(DeviceState.RUNNING)
+        desk.link.settle()
+        desk.queue.reap()
+        submit(desk, [PLAIN] * 4, 0)
+        assert device.logs.health.reads == 7
+
+
+def test_other_queues_have_their_turn() -> None:
+    """The host keeps one queue full of what takes longer than the controller takes for anything before it looks up."""
+    with table(Spinning(), shadow=False) as desk:
+        other = desk.driver.create_queue_pair(DEPTH)
+        device, storage = desk.device, desk.device.namespaces[1].storage
+        read_now = storage.read_now
+
+        def take_long(offset: int, views: Views) -> bool:
+            time.sleep(MAX_SECONDS / 4)
+            return read_now(offset, views)
+
+        storage.read_now = take_long  # type: ignore[method-assign]
+        desk.link.defer = lambda work: None  # type: ignore[method-assign]  # it is called below
+        commands = [PLAIN.command(2 * PLAIN.blocks * (n % 2), n, desk.memory) for n in range(DEPTH - 1)]
+        desk.queue.submit_many(commands)
+        ticket = other.submit(PLAIN.command(0, DEPTH, desk.memory))
+        for _ in range(len(device.executor.submissions)):
+            device.executor.work()
+            desk.queue.submit_many(commands[: len(desk.queue.reap())])
+            other.reap()
+        assert ticket.done
 
 
 def test_each_page_that_is_read_to_is_logged() -> None:

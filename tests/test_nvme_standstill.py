@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from vfio_user.devices.nvme import Nvme, controller, standstill
 from vfio_user.devices.nvme.constants import (
     DOORBELLS,
+    Configuration,
     ControllerStatus,
     Feature,
     IoOpcode,
@@ -29,6 +30,7 @@ from vfio_user.fds import OwnedFd
 from vfio_user.testing import FakeGuest
 from vfio_user.testing.nvme import Command, NvmeDriver, SharedMemory, Ticket, io
 from vfio_user.testing.nvme.access import ClientRegisters
+from vfio_user.testing.nvme.bare import NORMAL_SHUTDOWN
 from vfio_user.testing.nvme.data import Buffer
 from vfio_user.wire.constants import DeviceState, PciRegion
 
@@ -85,8 +87,9 @@ def done(desk: Desk, ticket: Ticket) -> bool:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who clears the bus master bit soon has an answer."""
-    monkeypatch.setattr(standstill, "BUS_MASTER_TIMEOUT", SOON)
+    """Who clears the bus master bit soon has an answer, and who leaves is soon gone."""
+    for timeout in ("BUS_MASTER_TIMEOUT", "QUIESCE_TIMEOUT"):
+        monkeypatch.setattr(standstill, timeout, SOON)
 
 
 # The bus master bit
@@ -118,8 +121,8 @@ class TestBusMaster:
             desk.bus_master(True)
             assert [desk.driver.complete(ticket).status for ticket in tickets] == ["SUCCESS"] * 5
 
-    def test_what_is_under_way_ends_before_the_bit_is_cleared(self) -> None:
-        """Else it would touch memory afterwards, whatever the controller does: workers read into it."""
+    def test_workers_end_before_the_bit_is_cleared(self) -> None:
+        """Else they would touch memory afterwards. It is completed when that is allowed."""
         storage = GatedStorage(shut=True)
         with gated(storage) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
             queue = desk.driver.create_queue_pair()
@@ -128,8 +131,10 @@ class TestBusMaster:
             opener = threading.Timer(0.1, storage.gate.set)
             opener.start()
             desk.bus_master(False)
-            queue.reap()
-            assert ticket.done
+            assert all_ended(desk.device)
+            assert not done(desk, ticket)
+            desk.bus_master(True)
+            assert desk.driver.complete(ticket).status == "SUCCESS"
             opener.join()
 
     @pytest.mark.parametrize("shared", [True, False], ids=["mapped", "by messages"])
@@ -161,10 +166,59 @@ class TestBusMaster:
                 guest.touched = lambda address: set_bus_master(device, False) if address == page else None
                 tickets = queue.submit_many([command] * 5)
                 settle(device)
+                for _ in tickets:  # it is cleared with each of them
+                    set_bus_master(device, True)
+                    settle(device)
+                queue.reap()
+            assert [ticket.done for ticket in tickets] == [True] * 5
+
+    def test_is_cleared_by_a_client_that_answers_nothing_meanwhile(self) -> None:
+        """Nothing is asked of it before its write is answered."""
+        storage = GatedStorage(shut=True)
+        with contextlib.closing(controller_of(storage)) as device:
+            guest = MessageGuest(device)
+            driver = NvmeDriver(DirectRegisters(device), SharedMemory(memoryview(guest.memory)))
+            driver.enable()
+            queue = driver.create_queue_pair()
+            with driver.buffers.prp(BLOCK) as buffer:
+                ticket = queue.submit(read_of(buffer))
+                storage.wait_for(1)
+                asked: list[int] = []
+                guest.touched = asked.append
+                opener = threading.Timer(0.1, storage.gate.set)
+                opener.start()
+                set_bus_master(device, False)
+                assert asked == []
                 set_bus_master(device, True)
                 settle(device)
                 queue.reap()
-            assert [ticket.done for ticket in tickets] == [True] * 5
+                opener.join()
+            assert ticket.done
+
+    def test_comes_back_before_the_memory_does(self, impatient: None) -> None:
+        """What was withheld waits for either."""
+        storage = GatedStorage(shut=True)
+        with movable(storage) as (desk, memory), desk.driver.buffers.prp(BLOCK) as buffer:
+            ticket = desk.driver.create_queue_pair().submit(read_of(buffer))
+            storage.wait_for(1)
+            desk.bus_master(False)
+            storage.gate.set()
+            until(lambda: all_ended(desk.device))
+            memory.unmap(0, SIZE)
+            desk.bus_master(True)
+            assert not done(desk, ticket)
+            assert desk.driver.status == ControllerStatus.RDY
+            memory.map(0, SIZE)
+            assert done(desk, ticket)
+
+    def test_a_shutdown_needs_none(self) -> None:
+        """3.1.5: what was written is to be safe, that is all."""
+        storage = GatedStorage()
+        with gated(storage) as desk:
+            desk.bus_master(False)
+            desk.configure(set=NORMAL_SHUTDOWN)
+            desk.driver.wait_status(ControllerStatus.SHST, ControllerStatus.SHST_COMPLETE)
+            assert storage.calls == ["flush"]
 
     def test_no_unmap_has_it_completed(self, impatient: None) -> None:
         """Whoever takes memory away waits for what is under way: that is all, as long as DMA is not allowed."""
@@ -491,6 +545,49 @@ def test_who_comes_next_may_be_another_guest() -> None:
                 driver.disable()
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["mapped", "by messages"])
+def test_what_the_last_client_left_behind_does_not_reach_the_next(impatient: None, shared: bool) -> None:
+    """The storage hangs when a client leaves, and comes to itself when another one is there."""
+    storage = GatedStorage(shut=True)
+    with contextlib.closing(controller_of(storage)) as device:
+        with FakeGuest(device, memory_size=SIZE, shared=shared) as guest:
+            driver = NvmeDriver.of_client(guest.client, guest.memory)
+            driver.enable()
+            with driver.buffers.prp(BLOCK) as buffer:
+                driver.create_queue_pair().submit(read_of(buffer))
+            until(lambda: (driver.status, storage.calls)[1])
+        with FakeGuest(device, memory_size=SIZE, shared=shared) as stranger:
+            stranger.memory[:] = b"\xa5" * SIZE
+            storage.gate.set()
+            until(lambda: all_ended(device))
+            for _ in range(3):
+                stranger.read32(Register.CSTS)
+            assert bytes(stranger.memory) == b"\xa5" * SIZE
+            NvmeDriver.of_client(stranger.client, stranger.memory).enable()
+
+
+def test_who_comes_back_has_to_ring() -> None:
+    """The server looked at shadow doorbells until its client left: nobody does now, and nobody else rings."""
+    with contextlib.closing(Nvme(size=1 << 20)) as device, OwnedFd(os.memfd_create("guest", 0)) as file:
+        os.ftruncate(file.fileno(), SIZE)
+        memory = memoryview(mmap.mmap(file.fileno(), SIZE))
+        with FakeGuest(device, memory_size=PAGE, memory_address=MORE) as guest:
+            guest.client.dma_map(0, SIZE, file.fileno())
+            driver = NvmeDriver.of_client(guest.client, memory)
+            driver.enable()
+            queue = driver.create_queue_pair(64)
+            driver.enable_shadow_doorbells()
+            doorbell, unrung = queue.sq.doorbell, 0
+            while unrung < 5:
+                before = doorbell.rung
+                driver.flush()
+                unrung = unrung + 1 if doorbell.rung == before else 0
+        with FakeGuest(device, memory_size=PAGE, memory_address=MORE) as guest:
+            guest.client.dma_map(0, SIZE, file.fileno())
+            driver.move(ClientRegisters(guest.client), SharedMemory(memory))
+            driver.flush()
+
+
 def test_a_namespace_that_comes_while_nobody_is_there() -> None:
     """The event waits for a host: there is no memory to tell it in, which is no reason to fail."""
     with contextlib.closing(Nvme(size=1 << 20)) as device, OwnedFd(os.memfd_create("guest", 0)) as file:
@@ -510,6 +607,33 @@ def test_a_namespace_that_comes_while_nobody_is_there() -> None:
             assert driver.active_namespaces() == [1, 2]
             driver.event(waiting)
             assert driver.status == ControllerStatus.RDY
+
+
+# Migration
+
+
+def test_a_stopped_controller_takes_no_storage() -> None:
+    """It is another's; enabled meanwhile, it is ready as soon as it runs."""
+    storage = GatedStorage()
+    with gated(storage) as desk:
+        desk.driver.disable()
+        desk.guest.client.migration_set_state(DeviceState.STOP)
+        desk.configure(set=Configuration.EN)
+        desk.nudge()
+        assert not storage.acquired
+        assert all_ended(desk.device)
+        desk.guest.client.migration_set_state(DeviceState.RUNNING)
+        desk.driver.wait_status(ControllerStatus.RDY, ControllerStatus.RDY)
+        assert storage.acquired
+
+
+def test_one_that_is_about_to_be_enabled_moves() -> None:
+    with gated(GatedStorage(), serial="same") as here, gated(GatedStorage(), serial="same") as there:
+        here.driver.disable()
+        here.guest.client.migration_set_state(DeviceState.STOP)
+        here.configure(set=Configuration.EN)
+        move(here, there)
+        there.driver.wait_status(ControllerStatus.RDY, ControllerStatus.RDY)
 
 
 # The end

@@ -66,6 +66,32 @@ def test_one_that_is_polled_looks_before_it_returns(backend: RecordingBackend) -
     assert looks.last == [True] * len(looks.last)
 
 
+def test_one_that_is_polled_comes_back_for_more(backend: RecordingBackend) -> None:
+    """A device that never has nothing to do keeps nobody from anything else: each turn is one look."""
+    bell = os.eventfd(0)
+    heard = threading.Event()
+    looks: list[bool] = []
+
+    def look(last: bool) -> bool:
+        looks.append(last)
+        if len(looks) == 3:
+            os.eventfd_write(bell, 1)
+        return not heard.is_set()
+
+    def watch() -> None:
+        assert backend.link is not None
+        backend.link.watch(bell, heard.set)
+
+    backend.looked = look
+    backend.act["connected"] = watch
+    try:
+        with serving(backend, polled=True, spin=1e-3) as served:
+            served.client().ok(READ, access(0, 0, 4))
+            assert heard.wait(TIMEOUT)
+    finally:
+        os.close(bell)
+
+
 @pytest.mark.parametrize("watching", [False, True], ids=["the socket alone", "among descriptors"])
 def test_what_is_found_in_the_last_moment_puts_sleep_off(backend: RecordingBackend, watching: bool) -> None:
     looks: list[bool] = []

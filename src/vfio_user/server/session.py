@@ -132,8 +132,9 @@ class Session:
                 try:
                     self._channel.receive(_DONTWAIT)
                 except BlockingIOError:
-                    if not (self._spin and self._look_for_work(last=True)):
-                        break
+                    if self._spin and self._look_for_work(last=True):
+                        self._wake()  # there may be more: whoever waits for us is to come back, others have their turn
+                    break
                 handled += self._process()
             return handled
         except ConnectionClosedError as error:

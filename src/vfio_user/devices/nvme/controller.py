@@ -130,7 +130,7 @@ class Nvme(Device):
         self._complaints = Complaints(logger)
         self.namespaces = Namespaces(self.block_size, self._complaints)
         self.parts = MemoryParts(self.namespaces)
-        self.executor = Executor(self, Workers(self.threads, lambda: self.post(self._standstill.land)))
+        self.executor = Executor(self, Workers(self.threads, lambda: self.post(self.executor.land)))
         self._standstill = Standstill(self.executor, self.dma, lambda: self.defer(self._go_on))
         self.keep_alive = KeepAlive(lambda: self.post(self._abandoned))
         effects = {Feature.ARBITRATION: self._arbitrate, Feature.KEEP_ALIVE_TIMER: self.keep_alive.set}
@@ -275,7 +275,7 @@ class Nvme(Device):
 
     def _go_on(self) -> None:
         """Nothing has us stand still any more."""
-        self._standstill.land()
+        self.executor.land()
         self._work()
 
     # What the host and its VMM change around it
@@ -306,6 +306,7 @@ class Nvme(Device):
 
     def quiesce(self) -> None:
         """Let what is under way end; what waits in the queues is carried out after what asked for this is done."""
+        self.executor.look_away()  # perhaps for good: the client may have left
         self._standstill.quiesce()
 
     # The life of a controller
@@ -316,9 +317,12 @@ class Nvme(Device):
         return 4096 << (self.cc >> 7 & 0xF)
 
     def _enable(self) -> None:
-        """CC.EN became 1 (7.6.1): done when a reset before it is, and the storage is ours, which can take its time."""
-        self._beginning = object()
-        self.executor.when(self.executor.idle, self._acquire)
+        """CC.EN became 1 (7.6.1): done when a reset before it is, and the storage is ours, which can take its time.
+        While a migration has the device stand still the storage is another's: then it is done afterwards.
+        """
+        if self._runs:
+            self._beginning = object()
+            self.executor.when(self.executor.idle, self._acquire)
 
     def _acquire(self) -> None:
         namespaces, beginning = tuple(self.namespaces.values()), self._beginning
@@ -367,14 +371,11 @@ class Nvme(Device):
 
     def _forget(self) -> None:
         """Everything that a host had set up is no more."""
-        withheld = self._standstill.withholds
         self._beginning = None
         self.executor.clear()
         self.events.reset()
         self.features.reset()
         self._standstill.host_rings()
-        if withheld:
-            self.defer(self._standstill.land)
 
     def _let_go(self) -> None:
         """Leave the storage to others when nothing is under way any more: then a reset is done."""
@@ -516,7 +517,8 @@ class Nvme(Device):
             return
         self.features.follow(Feature.KEEP_ALIVE_TIMER)
         if not self.executor.enabled and self._beginning is None:
-            self._let_go()
+            waits = self.cc & Configuration.EN and not self.csts & ControllerStatus.CFS
+            (self._enable if waits else self._let_go)()
         self._follow_bus_master()
         self._standstill.resume(Halt.MIGRATION)
 
@@ -534,6 +536,7 @@ class Nvme(Device):
         return self.parts.left()
 
     def save(self) -> dict[str, object]:
+        self._standstill.end_all()  # a reset that came since it was stopped, say
         return saved(self)
 
     def load(self, saved: dict[str, object], pre_copy: Sequence[bytes]) -> None:

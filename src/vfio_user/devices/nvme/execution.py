@@ -14,7 +14,7 @@ from vfio_user.devices.nvme.constants import STATUS_DO_NOT_RETRY, AsyncEvent, Io
 from vfio_user.devices.nvme.doorbells import DoorbellBuffers, head_of, tail_of
 from vfio_user.devices.nvme.namespaces import Namespace
 from vfio_user.devices.nvme.queues import CompletionQueue, SubmissionQueue
-from vfio_user.devices.nvme.workers import Work, Workers
+from vfio_user.devices.nvme.workers import Landed, Work, Workers
 
 logger = logging.getLogger("vfio_user.devices.nvme")
 
@@ -106,6 +106,10 @@ class Executor:
         """Whether :meth:`look` is called again and again before anyone sleeps."""
         self.held = False
         """Whether nothing new is to be begun all the same: a migration has the device stand still."""
+        self.withheld = False
+        """Whether what workers have done is not to be completed either: there is nobody to be told."""
+        self._kept: list[Callable[[], None]] = []  # completions, meanwhile
+        self._turn = 0
 
     def handle(
         self,
@@ -148,21 +152,32 @@ class Executor:
         doorbells = self.doorbells
         if doorbells is None or not self._watches(doorbells) or not self.enabled or self.held:
             return False
-        rung = False
         try:
-            for number, queue in self.submissions.items():
-                if number:
-                    tail = tail_of(number)
-                    rung |= (doorbells.look_on(tail, queue.tail) if last else doorbells.read(tail)) != queue.tail
+            rung = self._is_rung(doorbells, last)
         except OSError as error:
             self._controller.fatal(f"the memory of doorbells is gone: {error}")
             return False
         return rung and self.work()
 
+    def look_away(self) -> None:
+        """Nobody may call :meth:`look` again: the host has to ring from now on."""
+        if self.doorbells is not None and self._watches(self.doorbells):
+            self._is_rung(self.doorbells, last=True)
+
+    def _is_rung(self, doorbells: DoorbellBuffers, last: bool) -> bool:
+        rung = False
+        for number, queue in self.submissions.items():
+            if number:
+                tail = tail_of(number)
+                rung |= (doorbells.look_on(tail, queue.tail) if last else doorbells.read(tail)) != queue.tail
+        return rung
+
     def _serve_all(self, until: float) -> bool:
         """A burst of every queue in turn (4.13, round robin). False: there is nothing to be done now."""
         served = False
-        for queue in tuple(self.submissions.values()):
+        queues = tuple(self.submissions.values())
+        self._turn = (self._turn + 1) % len(queues)  # another one is the first each time: time may be up after it
+        for queue in (*queues[self._turn :], *queues[: self._turn]):
             if queue.head != queue.tail or self.doorbells is not None:
                 served |= self._serve(queue, until)
         return served
@@ -264,6 +279,8 @@ class Executor:
             return 0
 
         def landed(result: int, error: BaseException | None) -> None:
+            if self._keeps(queue, landed, result, error):
+                return
             self._alone = False
             for command in pair:
                 queue.busy.pop(command.cid, None)
@@ -400,6 +417,8 @@ class Executor:
         """Have a worker do ``work``, then do ``ended`` here, and ``finish`` if it went well; complete the command."""
 
         def landed(result: int, error: BaseException | None) -> None:
+            if self._keeps(queue, landed, result, error):
+                return
             if namespace is not None:
                 namespace.busy -= 1
             del queue.busy[command.cid]
@@ -420,6 +439,18 @@ class Executor:
         queue.busy[command.cid] = self.workers.start(work, landed)
         return LATER
 
+    def _keeps(self, queue: SubmissionQueue, landed: Landed, result: int, error: BaseException | None) -> bool:
+        """Whether a command is not to be completed now; then it is as soon as it may be."""
+        if self.withheld and queue.alive:
+            self._kept.append(lambda: landed(result, error))
+            return True
+        return False
+
+    def _complete_kept(self) -> None:
+        kept, self._kept = self._kept, []
+        for complete in kept:
+            complete()
+
     def abort(self, queue: SubmissionQueue, cid: int) -> bool:
         """Abort a command that a worker was to have; False where it is too late for that, or there is none."""
         job = queue.busy.get(cid)
@@ -437,6 +468,8 @@ class Executor:
 
     def land(self) -> None:
         """Complete what workers have done, and go on."""
+        if not self.withheld:
+            self._complete_kept()
         self.workers.land()
         self._settle()
         self.work()
@@ -452,10 +485,14 @@ class Executor:
         return not self.workers and not self._working
 
     def quiesce(self, timeout: float) -> None:
-        """Wait until nothing is under way, and complete that; begin nothing new. Raises OSError(ETIMEDOUT)."""
+        """Wait until nothing is under way, and complete that if it may be; begin nothing new.
+
+        Raises OSError(ETIMEDOUT).
+        """
         held, self.held = self.held, True
         deadline = time.monotonic() + timeout
         try:
+            self.land()
             while self.workers.left:  # what lands may have begun something else: a shutdown its flush
                 self.workers.wait(max(0.0, deadline - time.monotonic()))
                 self.land()
@@ -471,6 +508,7 @@ class Executor:
             queue.alive = False
             for cid in list(queue.busy):
                 self.abort(queue, cid)  # what no worker has begun never will be
+        self._complete_kept()
         self.doorbells = None
         self._told.clear()
         self._when.clear()

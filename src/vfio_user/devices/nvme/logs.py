@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from msgspec import Meta
@@ -60,6 +60,11 @@ class Health:
     reads: Count = 0
     writes: Count = 0
     media_errors: Count = 0
+
+    def take(self, other: Health) -> None:
+        """Go on from what another controller has counted."""
+        for name in fields(self):
+            setattr(self, name.name, getattr(other, name.name))
 
 
 @dataclass(slots=True)

@@ -206,7 +206,7 @@ def restore(device: Nvme, fields: dict[str, object], parts: Sequence[bytes]) -> 
     logs.errors.clear()
     logs.errors.extend(ErrorEntry(e.count, e.queue, e.cid, e.status, e.lba, e.nsid) for e in content.errors)
     logs.error_count, logs.changed = content.error_count, set(content.changed)
-    device.io.health = logs.health = content.health
+    logs.health.take(content.health)
 
 
 def _check_namespaces(device: Nvme, saved: Sequence[SavedNamespace]) -> None:

@@ -41,12 +41,14 @@ class Halt(Flag):
 
 _HOST_RINGS = Halt.MEMORY | Halt.CLIENT
 """What is over when the host rings: it knows of the queues, and where they are."""
+_WITHHOLDING = Halt.BUS_MASTER | _HOST_RINGS
+"""Where nothing is completed, as that is DMA: it is not allowed, it would miss, or hit somebody else."""
 
 
 class Standstill:
     """Holds an executor as long as there is a reason to. ``go_on`` is called when the last one is gone.
 
-    What is under way ends all the same, and is completed: unless the host does not allow that.
+    What is under way ends all the same; it is completed if that can be, else when it can be again.
     """
 
     def __init__(self, executor: Executor, memory: GuestMemory, go_on: Callable[[], None]) -> None:
@@ -58,14 +60,18 @@ class Standstill:
     def halt(self, reason: Halt) -> None:
         """Begin nothing new."""
         self._reasons |= reason
-        self._executor.held = True
+        self._follow()
 
     def resume(self, reasons: Halt) -> None:
         """Those are no reasons any more."""
         before, self._reasons = self._reasons, self._reasons & ~reasons
-        self._executor.held = bool(self._reasons)
+        self._follow()
         if before and not self._reasons:
             self._go_on()
+
+    def _follow(self) -> None:
+        self._executor.held = bool(self._reasons)
+        self._executor.withheld = bool(self._reasons & _WITHHOLDING)
 
     def host_rings(self) -> None:
         """The host knows where its queues are, whatever came in between; or it begins anew, with others."""
@@ -73,26 +79,13 @@ class Standstill:
 
     # What is under way
 
-    @property
-    def withholds(self) -> bool:
-        """Whether what workers have ended is not to be completed for now: completions are DMA, unless of no queue."""
-        return bool(self._reasons & Halt.BUS_MASTER and self._executor.submissions)
-
-    def land(self) -> None:
-        """Workers have ended something."""
-        if not self.withholds:
-            self._executor.land()
-
     def quiesce(self) -> None:
         """Let what is under way end; what waits is carried out afterwards. Raises OSError(ETIMEDOUT)."""
         if self._executor.idle():
             return
         self.halt(Halt.QUIESCE)
         try:
-            if self.withholds:
-                self._executor.workers.wait(QUIESCE_TIMEOUT)
-            else:
-                self._executor.quiesce(QUIESCE_TIMEOUT)
+            self._executor.quiesce(QUIESCE_TIMEOUT)
         finally:
             self.resume(Halt.QUIESCE)
 
@@ -100,7 +93,11 @@ class Standstill:
         """Wait for what is under way and complete it, what was withheld, too: none of it travels. To be called while
         there is a reason to stand still. Raises OSError(ETIMEDOUT).
         """
-        self._executor.quiesce(QUIESCE_TIMEOUT)
+        self._executor.withheld = False
+        try:
+            self._executor.quiesce(QUIESCE_TIMEOUT)
+        finally:
+            self._follow()
 
     # The bus master bit
 
@@ -112,16 +109,15 @@ class Standstill:
             self._end_dma()
 
     def _end_dma(self) -> None:
-        """The host allows no DMA any more, or put the device to sleep. What is under way ends before its write does, if
-        it can; else, workers may still move data, and it is completed when DMA is allowed again.
+        """The host allows no DMA any more, or put the device to sleep. What is under way is completed when DMA is
+        allowed again: where it goes by messages, a client that waits for its write may not answer them. Workers are
+        done with moving data before its write is, if they can be.
         """
         self.halt(Halt.BUS_MASTER)
         if not self._executor.submissions:
             return
         try:
-            # Also from within a completion, where DMA by messages serves the client.
             self._executor.workers.wait(BUS_MASTER_TIMEOUT)
-            self._executor.land()
         except OSError as error:
             logger.warning("DMA goes on without the bus master bit: %s", error)
 
