@@ -260,13 +260,15 @@ def raise_and_take(plugged: Plugged, uio: str, cause: int, times: int) -> str:
 
 @each(Edu)
 def test_intx_arrives_at_uio_as_often_as_it_was_raised(world: World, place: str) -> None:
-    """And is counted so in /proc/interrupts; three drivers, one after the other."""
+    """Three drivers, one after the other. /proc/interrupts may count more, which no handler took for its own: a QEMU that
+    gets no time raises its line after the guest has acknowledged, until the guest accesses the device again.
+    """
     plugged = world.plugged[place]
     for cause in (1, 2, 4):
         with world.uio(plugged) as uio:
             before = world.interrupts(plugged)
             assert int(world.linux.run(raise_and_take(plugged, uio, cause, 20))) == 20
-            assert world.interrupts(plugged) - before == 20
+            assert world.interrupts(plugged) - before >= 20
             assert world.access(plugged, "resource0", f"r32:{IRQ_STATUS}") == [0]
     assert "nobody cared" not in world.linux.console
 
