@@ -260,8 +260,8 @@ def raise_and_take(plugged: Plugged, uio: str, cause: int, times: int) -> str:
 
 @each(Edu)
 def test_intx_arrives_at_uio_as_often_as_it_was_raised(world: World, place: str) -> None:
-    """Three drivers, one after the other. /proc/interrupts may count more, which no handler took for its own: a QEMU that
-    gets no time raises its line after the guest has acknowledged, until the guest accesses the device again.
+    """Three drivers, one after the other. /proc/interrupts may count more, which no handler took for its own: a QEMU
+    that gets no time raises its line after the guest has acknowledged, until the guest accesses the device again.
     """
     plugged = world.plugged[place]
     for cause in (1, 2, 4):
