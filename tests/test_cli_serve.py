@@ -136,6 +136,10 @@ def test_it_ends_when_all_clients_of_connected_sockets_have_left() -> None:
         (["edu", "--socket-path", "a", "--filter", "sieve"], "stats"),
         (["edu", "--socket-path", "a", "--filter", "delay:region_read=soon"], "soon"),
         (["ivshmem", "-o", "=1", "--socket-path", "a"], "no option ''"),
+        (["nvme", "-o", "size=much", "--socket-path", "a"], "option size=much: 'much' is no number (bytes"),
+        (["nvme", "-o", "size=G", "--socket-path", "a"], "option size=G: '' is no number"),
+        (["nvme", "-o", "queues=x", "--socket-path", "a"], "option queues=x: 'x' is no number"),
+        (["nvme", "-o", "path=/", "--socket-path", "a"], "vfio-user: nvme: /: Is a directory"),
     ],
 )
 def test_wrong_usage(arguments: list[str], reason: str) -> None:

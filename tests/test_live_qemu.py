@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -289,6 +290,21 @@ def test_what_is_no_qmp_is_found_out(tmp_path: Path, says: bytes, reason: str) -
         pytest.raises(MonitorError, match=reason),
     ):
         Monitor("source", path, TIMEOUT)
+
+
+def test_ctrl_c_while_connecting_leaves_nothing_under_way(tmp_path: Path) -> None:
+    """Nor a word of what was: asyncio tells on stderr of tasks that are collected before they ended."""
+
+    def interrupt(client: socket.socket) -> None:
+        process.send_signal(signal.SIGINT)
+        client.recv(1)
+
+    program = [sys.executable, "-m", "vfio_user", "qemu-save", "--device", "d", "--from"]
+    with served(tmp_path / "qmp", interrupt) as path:
+        words = [*program, str(path), str(tmp_path / "folder")]
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+            _, said = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, said) == (1, "vfio-user: interrupted\n")
 
 
 def test_no_socket_is_named(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ from .proxy_support import Strict, bench_before, lost, proxied
 from .support import RawPeer, RecordingBackend
 from .test_check_rust import RecordedServer
 from .test_vectors import recorded
+from .tools_support import command
 
 LISTEN = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
 RAISE = IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER
@@ -256,8 +257,8 @@ def test_intx_is_raised_again_for_a_device_that_does_not_do_that(
     primary, control = bench.primary(), bench.control()
     primary.set_irqs(PciIrq.INTX, LISTEN, 0, 1, [events[0].fd])
     monkeypatch.setattr(pad.irq, "run", lambda: None)
-    for level, command, raised in ((1, 0, 1), (1, INTX_DISABLE, 0), (0, 0, 0)):
-        primary.region_write(CONFIG, COMMAND, command.to_bytes(2, "little"))
+    for level, bits, raised in ((1, 0, 1), (1, INTX_DISABLE, 0), (0, 0, 0)):
+        primary.region_write(CONFIG, COMMAND, bits.to_bytes(2, "little"))
         primary.region_write(BAR0, LEVEL, bytes([level]))
         control.migration_set_state(DeviceState.STOP)
         events[0].take()
@@ -516,6 +517,12 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
             assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
             assert reason in done.stderr
     assert list(tmp_path.iterdir()) == [alive]
+
+
+@pytest.mark.parametrize("timeout", ["nan", "inf", "1e30", "0"])
+def test_a_timeout_that_is_none_is_wrong_usage(timeout: str) -> None:
+    done = command("proxy", "up", "--socket-path", "s", "--control", "c", "--timeout", timeout)
+    assert (done.status, "is not in the range" in done.err) == (2, True), done.err
 
 
 def test_who_insists_does_not_wait_for_a_server_that_hangs(tmp_path: Path) -> None:

@@ -677,6 +677,8 @@ def test_the_commands_save_and_restore(world: World, monkeypatch: pytest.MonkeyP
         return done.stdout
 
     assert run(*save, "--dry-run").splitlines()[1:] == ["memory: 64 MiB", "nothing stands against it"]
+    planned = json.loads(run(*save, "--dry-run", "--json"))
+    assert (planned["memory_bytes"], planned["obstacles"], len(planned["devices"])) == (64 << 20, [], 1)
     assert world.leftovers == []
     told = json.loads(run(*save, "--json"))
     assert (told["status"], list(told["downtime_causes_ms"])) == ("completed", ["stop", "save", "memory", "start"])

@@ -32,7 +32,8 @@ from vfio_user.tools.registers import Registers
 MIN_TIMEOUT, MAX_TIMEOUT = 0.01, 86400.0
 
 
-def _seconds(ctx: click.Context, param: click.Parameter, value: float) -> float:
+def seconds(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """The callback of an option for a time that is waited at most. Raises click.BadParameter."""
     if not MIN_TIMEOUT <= value <= MAX_TIMEOUT:  # NaN is not either, which FloatRange would take
         raise click.BadParameter(f"{value} is not in the range {MIN_TIMEOUT} to {MAX_TIMEOUT:.0f}")
     return value
@@ -49,7 +50,7 @@ class Seconds(click.FloatRange):
 
 
 timeout_option = click.option(
-    "--timeout", default=5.0, show_default=True, type=float, callback=_seconds, help="Seconds for each call."
+    "--timeout", default=5.0, show_default=True, type=float, callback=seconds, help="Seconds for each call."
 )
 socket_argument = click.argument("path", metavar="SOCKET", type=click.Path())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from vfio_user.cli.inspect import seconds
 from vfio_user.server import Server
 from vfio_user.tools.interrupts import END_SIGNALS
 from vfio_user.tools.proxy import ProxyBackend
@@ -27,7 +28,8 @@ _PATH = click.Path(path_type=Path)
     metavar="SECONDS",
     default=30.0,
     show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
+    type=float,
+    callback=seconds,
     help="How long the server may take to answer.",
 )
 @click.option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ def need_qmp(command: str) -> None:
     """Say what to install where QEMU's library is missing; and have it say nothing itself."""
     if find_spec("qemu") is None or find_spec("qemu.qmp") is None:
         raise click.ClickException(f"{command} needs qemu.qmp: pip install 'vfio-user[qemu]'")
-    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it has to say is in the errors that it raises
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)  # what it has to say is in the errors that it raises
 
 
 def control(path: str, role: str, timeout: float) -> NamedControl:
@@ -55,16 +55,26 @@ def served(stack: ExitStack, paths: Sequence[str], role: str, timeout: float) ->
     return [ServedDevice(path, stack.enter_context(control(path, role, timeout))) for path in paths]
 
 
-def tell_plan(devices: Iterable[tuple[str, str]], memory: str, obstacles: Sequence[str]) -> None:
-    """What a dry run says: the devices by their places and control sockets, the memory, what stands against it."""
-    for place, name in devices:
-        click.echo(f"device {place}: {name}")
-    click.echo(f"memory: {memory}")
-    for obstacle in obstacles:
-        click.echo(f"against it: {clean(obstacle)}")
+def tell_plan(
+    devices: Sequence[tuple[str, str]], memory: int | None, obstacles: Sequence[str], *, as_json: bool, note: str = ""
+) -> None:
+    """What a dry run says: the devices by their places and control sockets, bytes of memory, what stands against it.
+
+    Raises MigrationError where something does.
+    """
+    if as_json:
+        named = [{"place": place, "control": name} for place, name in devices]
+        click.echo(json.dumps({"devices": named, "memory_bytes": memory, "obstacles": list(obstacles)}))
+    else:
+        for place, name in devices:
+            click.echo(f"device {place}: {name}")
+        click.echo(f"memory: {'unknown' if memory is None else f'{memory >> 20} MiB{note}'}")
+        for obstacle in obstacles:
+            click.echo(f"against it: {clean(obstacle)}")
     if obstacles:
         raise MigrationError("it would be refused, and nothing would change")
-    click.echo("nothing stands against it")
+    if not as_json:
+        click.echo("nothing stands against it")
 
 
 def carry_out(job: QemuSave | QemuRestore, doing: str, *, as_json: bool) -> None:

@@ -109,7 +109,7 @@ def qemu_migrate(
             **wishes,
         )
         if dry_run:
-            _tell_plan(job)
+            _tell_plan(job, as_json)
         elif recover:
             at_destination = job.recover() is Status.COMPLETED
             click.echo(f"the guest runs at the {'destination' if at_destination else 'source'}")
@@ -145,10 +145,11 @@ def _pairs(stack: ExitStack, devices: Sequence[str], timeout: float) -> list[Dev
     return pairs
 
 
-def _tell_plan(job: QemuMigration) -> None:
+def _tell_plan(job: QemuMigration, as_json: bool) -> None:
     plan = job.plan()
-    memory = f"{plan.memory >> 20} MiB{', which is not copied' if job.shared_memory else ''}"
-    tell_plan(((one.function.name, one.pair.name) for one in plan.devices), memory, plan.obstacles)
+    devices = [(one.function.name, one.pair.name) for one in plan.devices]
+    note = ", which is not copied" if job.shared_memory else ""
+    tell_plan(devices, plan.memory, plan.obstacles, as_json=as_json, note=note)
 
 
 def _follow(job: QemuMigration, console: Console) -> None:

@@ -63,11 +63,8 @@ def qemu_restore(
         )
         if dry_run:
             plan = job.plan()
-            tell_plan(
-                ((one.function.name, one.served.name) for one in plan.devices),
-                f"{plan.memory >> 20} MiB",
-                plan.obstacles,
-            )
+            placed = [(one.function.name, one.served.name) for one in plan.devices]
+            tell_plan(placed, plan.memory, plan.obstacles, as_json=as_json)
             return
         carry_out(job, f"restoring {folder}", as_json=as_json)
         if not as_json:

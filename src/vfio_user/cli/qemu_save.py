@@ -60,17 +60,19 @@ def qemu_save(
             check=stack.enter_context(Interrupts()).check,
         )
         if dry_run:
-            _tell_plan(job)
+            _tell_plan(job, as_json)
         elif recover:
             job.recover()
             click.echo("the guest runs")
         else:
             carry_out(job, f"saving to {folder}", as_json=as_json)
             if not as_json:
-                tell_outcome(job.report, f"saved: the guest {'has ended' if end else 'goes on'}")
+                outcome = "has ended" if end else "goes on" if job.guest_runs else "is paused, as it was"
+                tell_outcome(job.report, f"saved: the guest {outcome}")
 
 
-def _tell_plan(job: QemuSave) -> None:
+def _tell_plan(job: QemuSave, as_json: bool) -> None:
     plan = job.plan()
-    memory = f"{plan.shape.memory >> 20} MiB" if plan.shape else "unknown"
-    tell_plan(((one.function.name, one.served.name) for one in plan.devices), memory, plan.obstacles)
+    memory = plan.shape.memory if plan.shape else None
+    devices = [(one.function.name, one.served.name) for one in plan.devices]
+    tell_plan(devices, memory, plan.obstacles, as_json=as_json)

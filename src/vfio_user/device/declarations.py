@@ -81,8 +81,15 @@ def _parser(default: object) -> Callable[[str], object]:
     if isinstance(default, bool):
         return _parse_bool
     if isinstance(default, int):
-        return lambda text: int(text, 0)
+        return _parse_int
     return type(default)
+
+
+def _parse_int(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise ValueError(f"{text!r} is no number") from None
 
 
 def _parse_bool(text: str) -> bool:
@@ -93,9 +100,9 @@ def _parse_bool(text: str) -> bool:
 
 
 def parse_size(text: str) -> int:
-    """Bytes, with K, M, G or T for the powers of 1024: for ``option(..., parse=parse_size)``."""
+    """Bytes, with K, M, G or T for the powers of 1024: for ``option(..., parse=parse_size)``. Raises ValueError."""
     shift = _UNITS.get(text[-1:].upper(), 0)
-    return int(text[:-1] if shift else text, 0) << shift
+    return _parse_int(text[:-1] if shift else text) << shift
 
 
 def check_states(declared: Mapping[str, State]) -> None:

@@ -42,8 +42,13 @@ def _faults_of(name: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         logger.info("%s", name, exc_info=True)
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UsageError(f"{name}: {kind}{error} (vfio-user -v shows where)") from error
+        raise UsageError(f"{name}: {_reason(error)} (vfio-user -v shows where)") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def load_device(name: str) -> type[Device]:

@@ -103,10 +103,10 @@ class Monitor:
         try:
             self._run(self._client.connect(self.path), self.path)
         except LateError as error:
-            self._loop.close()
+            self._end_loop()
             raise LateError(f"{self.path} says nothing: is it a QMP socket, and free of another client?") from error
         except BaseException:
-            self._loop.close()
+            self._end_loop()
             raise
 
     def __enter__(self) -> Self:
@@ -123,6 +123,19 @@ class Monitor:
             return
         with contextlib.suppress(MonitorError):
             self._run(self._client.disconnect(), "disconnect")
+        self._end_loop()
+
+    def _end_loop(self) -> None:
+        """An interrupt leaves things under way: they end here, silently, not when they are collected."""
+
+        async def end() -> None:
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+        with contextlib.suppress(KeyboardInterrupt):  # the one that was raised among them, once more
+            self._loop.run_until_complete(end())
         self._loop.close()
 
     def execute(self, command: str, **arguments: Any) -> object:

@@ -93,6 +93,11 @@ class QemuSave(Job):
         self._end = end
         self._outgoing = Outgoing(self.source, devices, timeout, check)
 
+    @property
+    def guest_runs(self) -> bool:
+        """Whether it goes on, after :meth:`run`: it does if it ran before, and its QEMU has not ended."""
+        return self._outgoing.guest_runs and not self._end
+
     def plan(self) -> SavePlan:
         """What would be saved, and what stands against it. Nothing changes."""
         plan = SavePlan(self.source, self._served)
