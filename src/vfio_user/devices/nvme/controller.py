@@ -80,7 +80,7 @@ class Nvme(Device):
     msi_vectors = 32
     workers = True
     migration = MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY
-    spin = 100e-6
+    spin = 300e-6
 
     path = option(
         MEMORY,
