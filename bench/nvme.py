@@ -58,7 +58,7 @@ class Load:
         return " ".join([self.kind, f"{self.block // KIB} KiB, depth {self.depth}", *self.ways])
 
 
-SEQUENTIAL = Load("read", 128 * KIB, 32, 1000)
+SEQUENTIAL = Load("read", 128 * KIB, 32, 8000)
 DEEP = Load("random-read", 4 * KIB, 32, 4000)
 SINGLE = Load("random-read", 4 * KIB, 1, 1000)
 SINGLE_POLLED = replace(SINGLE, ways=("polled",))
