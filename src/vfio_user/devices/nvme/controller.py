@@ -492,12 +492,20 @@ class Nvme(Device):
             if ran and not runs:
                 self._standstill.end_all()
                 if self.executor.enabled:
-                    self.namespaces.flush()
+                    self._flush()
             elif runs and not ran:
                 self.namespaces.acquire()
             super().migration_set_state(state)
         finally:
             self._follow_migration()
+
+    def _flush(self) -> None:
+        """By a worker: a storage that hangs does not have the server hang. Raises OSError, ETIMEDOUT too."""
+        errors: list[BaseException | None] = []
+        self.executor.workers.start(self.namespaces.flush, lambda result, error: errors.append(error))
+        self._standstill.end_all()
+        for error in filter(None, errors):
+            raise error
 
     def reset(self) -> None:
         super().reset()

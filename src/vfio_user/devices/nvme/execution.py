@@ -446,6 +446,11 @@ class Executor:
             return True
         return False
 
+    @property
+    def kept(self) -> int:
+        """Commands that have ended and are not to be completed now."""
+        return len(self._kept)
+
     def _complete_kept(self) -> None:
         kept, self._kept = self._kept, []
         for complete in kept:

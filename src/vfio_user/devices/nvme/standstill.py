@@ -91,13 +91,15 @@ class Standstill:
 
     def end_all(self) -> None:
         """Wait for what is under way and complete it, what was withheld, too: none of it travels. To be called while
-        there is a reason to stand still. Raises OSError(ETIMEDOUT).
+        there is a reason to stand still. Raises OSError: ETIMEDOUT; EBUSY where there is no memory to complete it in.
         """
-        self._executor.withheld = False
+        self._executor.withheld = bool(self._reasons & _HOST_RINGS)
         try:
             self._executor.quiesce(QUIESCE_TIMEOUT)
         finally:
             self._follow()
+        if self._executor.kept:
+            raise OSError(errno.EBUSY, f"{self._executor.kept} commands cannot be completed: their queues are nowhere")
 
     # The bus master bit
 
