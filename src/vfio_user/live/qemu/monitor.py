@@ -99,14 +99,15 @@ class Monitor:
         self.path = os.fspath(path)
         self.timeout = timeout
         self._client = QMPClient(name)
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)  # which has Ctrl-C end what is under way
+        self._open = True
         try:
             self._run(self._client.connect(self.path), self.path)
         except LateError as error:
-            self._end_loop()
+            self._end()
             raise LateError(f"{self.path} says nothing: is it a QMP socket, and free of another client?") from error
         except BaseException:
-            self._end_loop()
+            self._end()
             raise
 
     def __enter__(self) -> Self:
@@ -119,24 +120,15 @@ class Monitor:
 
     def close(self) -> None:
         """Leave; QEMU goes on as it is. Closing twice is fine."""
-        if self._loop.is_closed():
+        if not self._open:
             return
         with contextlib.suppress(MonitorError):
             self._run(self._client.disconnect(), "disconnect")
-        self._end_loop()
+        self._end()
 
-    def _end_loop(self) -> None:
-        """An interrupt leaves things under way: they end here, silently, not when they are collected."""
-
-        async def end() -> None:
-            left = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
-
-        with contextlib.suppress(KeyboardInterrupt):  # the one that was raised among them, once more
-            self._loop.run_until_complete(end())
-        self._loop.close()
+    def _end(self) -> None:
+        self._open = False
+        self._runner.close()
 
     def execute(self, command: str, **arguments: Any) -> object:
         """Have a command done; what it returns. ``_`` in the names of arguments stands for QMP's ``-``."""
@@ -224,11 +216,11 @@ class Monitor:
             raise ClosedError(f"the {self.name} QEMU: its monitor is gone")
 
     def _run(self, work: Coroutine[Any, Any, T], what: str) -> T:
-        if self._loop.is_closed():
+        if not self._open:
             work.close()
             raise ClosedError(f"the {self.name} QEMU: {what}: this monitor was closed")
         try:
-            return self._loop.run_until_complete(asyncio.wait_for(work, self.timeout))
+            return self._runner.run(asyncio.wait_for(work, self.timeout))
         except ExecuteError as error:
             raise RefusedError(f"the {self.name} QEMU: {what}: {error}") from error
         except TimeoutError as error:
