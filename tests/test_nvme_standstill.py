@@ -518,39 +518,49 @@ def test_whatever_is_taken_away_no_command_is_lost(shadow: bool, plan: list[tupl
 # A client that goes
 
 
+@contextlib.contextmanager
+def guest_memory() -> Iterator[tuple[OwnedFd, memoryview]]:
+    """Memory of a guest that is longer there than its VMM."""
+    with OwnedFd(os.memfd_create("guest", os.MFD_CLOEXEC)) as file:
+        os.ftruncate(file.fileno(), SIZE)
+        yield file, memoryview(mmap.mmap(file.fileno(), SIZE))
+
+
+@contextlib.contextmanager
+def client_of(device: Nvme, file: OwnedFd) -> Iterator[FakeGuest]:
+    """A VMM whose guest has that memory."""
+    with FakeGuest(device, memory_size=PAGE, memory_address=MORE) as guest:
+        guest.client.dma_map(0, SIZE, file.fileno())
+        yield guest
+
+
 def test_who_comes_next_may_be_another_guest() -> None:
     """A VMM is killed with commands in its queues. The next one has other memory at these addresses: nothing of that
     is touched, until a guest rings that knows of the queues, or resets the controller.
     """
     storage = GatedStorage(shut=True)
-    with contextlib.closing(Nvme(path="")) as device:
-        device.add_namespace(storage)
-        with OwnedFd(os.memfd_create("guest", os.MFD_CLOEXEC)) as file:
-            os.ftruncate(file.fileno(), SIZE)
-            memory = memoryview(mmap.mmap(file.fileno(), SIZE))
-            with FakeGuest(device, memory_size=PAGE, memory_address=MORE) as guest:
-                guest.client.dma_map(0, SIZE, file.fileno())
-                driver = NvmeDriver.of_client(guest.client, memory)
-                driver.enable()
-                queue = driver.create_queue_pair(512)
-                with driver.buffers.prp(BLOCK) as buffer:
-                    queue.submit_many([read_of(buffer)] * 300)
-                storage.wait_for(1)
-                opener = threading.Timer(0.2, storage.gate.set)  # when the server waits for those that were fetched
-                opener.start()
-            opener.join()
-            with FakeGuest(device, memory_size=SIZE) as stranger:
-                for _ in range(3):
-                    stranger.read32(Register.CSTS)
-                assert bytes(stranger.memory) == bytes(SIZE)
-                assert device.csts == ControllerStatus.RDY
-            with FakeGuest(device, memory_size=PAGE, memory_address=MORE) as guest:
-                guest.client.dma_map(0, SIZE, file.fileno())
-                driver.move(ClientRegisters(guest.client), SharedMemory(memory))
-                queue.sq.ring_doorbell()
-                queue.drain()
-                driver.flush()
-                driver.disable()
+    with contextlib.closing(controller_of(storage)) as device, guest_memory() as (file, memory):
+        with client_of(device, file) as guest:
+            driver = NvmeDriver.of_client(guest.client, memory)
+            driver.enable()
+            queue = driver.create_queue_pair(512)
+            with driver.buffers.prp(BLOCK) as buffer:
+                queue.submit_many([read_of(buffer)] * 300)
+            storage.wait_for(1)
+            opener = threading.Timer(0.2, storage.gate.set)  # when the server waits for those that were fetched
+            opener.start()
+        opener.join()
+        with FakeGuest(device, memory_size=SIZE) as stranger:
+            for _ in range(3):
+                stranger.read32(Register.CSTS)
+            assert bytes(stranger.memory) == bytes(SIZE)
+            assert device.csts == ControllerStatus.RDY
+        with client_of(device, file) as guest:
+            driver.move(ClientRegisters(guest.client), SharedMemory(memory))
+            queue.sq.ring_doorbell()
+            queue.drain()
+            driver.flush()
+            driver.disable()
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["mapped", "by messages"])
@@ -576,11 +586,8 @@ def test_what_the_last_client_left_behind_does_not_reach_the_next(impatient: Non
 
 def test_who_comes_back_has_to_ring() -> None:
     """The server looked at shadow doorbells until its client left: nobody does now, and nobody else rings."""
-    with contextlib.closing(Nvme(size=1 << 20)) as device, OwnedFd(os.memfd_create("guest", 0)) as file:
-        os.ftruncate(file.fileno(), SIZE)
-        memory = memoryview(mmap.mmap(file.fileno(), SIZE))
-        with FakeGuest(device, memory_size=PAGE, memory_address=MORE) as guest:
-            guest.client.dma_map(0, SIZE, file.fileno())
+    with contextlib.closing(Nvme(size=1 << 20)) as device, guest_memory() as (file, memory):
+        with client_of(device, file) as guest:
             driver = NvmeDriver.of_client(guest.client, memory)
             driver.enable()
             queue = driver.create_queue_pair(64)
@@ -590,27 +597,22 @@ def test_who_comes_back_has_to_ring() -> None:
                 before = doorbell.rung
                 driver.flush()
                 unrung = unrung + 1 if doorbell.rung == before else 0
-        with FakeGuest(device, memory_size=PAGE, memory_address=MORE) as guest:
-            guest.client.dma_map(0, SIZE, file.fileno())
+        with client_of(device, file) as guest:
             driver.move(ClientRegisters(guest.client), SharedMemory(memory))
             driver.flush()
 
 
 def test_a_namespace_that_comes_while_nobody_is_there() -> None:
     """The event waits for a host: there is no memory to tell it in, which is no reason to fail."""
-    with contextlib.closing(Nvme(size=1 << 20)) as device, OwnedFd(os.memfd_create("guest", 0)) as file:
-        os.ftruncate(file.fileno(), SIZE)
-        memory = memoryview(mmap.mmap(file.fileno(), SIZE))
-        with FakeGuest(device, memory_size=PAGE, memory_address=MORE) as guest:
-            guest.client.dma_map(0, SIZE, file.fileno())
+    with contextlib.closing(Nvme(size=1 << 20)) as device, guest_memory() as (file, memory):
+        with client_of(device, file) as guest:
             driver = NvmeDriver.of_client(guest.client, memory)
             driver.enable()
             driver.set_feature(Feature.ASYNC_EVENT_CONFIGURATION, 1 << 8)
             waiting = driver.async_event()
             guest.read32(Register.CSTS)
         device.add_namespace(GatedStorage())
-        with FakeGuest(device, memory_size=PAGE, memory_address=MORE) as guest:
-            guest.client.dma_map(0, SIZE, file.fileno())
+        with client_of(device, file) as guest:
             driver.move(ClientRegisters(guest.client), SharedMemory(memory))
             assert driver.active_namespaces() == [1, 2]
             driver.event(waiting)
