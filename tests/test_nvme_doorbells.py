@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .nvme_table_support import DEPTH, Spinning, Table, table
+from vfio_user.fds import OwnedFd
+from vfio_user.wire.constants import PciRegion
+
+from .nvme_gate_support import NO_BUS_MASTER, PCI_COMMAND
+from .nvme_table_support import DEPTH, MEMORY, Spinning, Table, table
 
 pytestmark = pytest.mark.timeout(60)
 
+READ = 1
 BAD = 0x7FFF
 """No tail of any queue."""
 
@@ -81,6 +87,32 @@ def test_without_its_memory_there_is_nothing_to_see(desk: Table, last: bool) -> 
     desk.queue.reap()
     desk.unmap()
     assert desk.look(last=last) == (False, 0)
+
+
+def test_who_may_not_look_again_has_the_host_ring(desk: Table) -> None:
+    desk.submit()
+    desk.look()
+    desk.device.quiesce()
+    assert desk.submit()
+
+
+def test_without_bus_master_nothing_is_written_for_that(desk: Table) -> None:
+    desk.submit()
+    desk.look()
+    desk.device.region_write(PciRegion.CONFIG, PCI_COMMAND, memoryview(NO_BUS_MASTER.to_bytes(2, "little")))
+    before = bytes(desk.memory)
+    desk.device.quiesce()
+    assert desk.memory == before
+
+
+def test_memory_that_comes_back_to_be_read_only_fails_the_controller_alone(desk: Table) -> None:
+    """Whoever wants everything to stand still, to take memory away, say, has no part in it."""
+    desk.submit()
+    desk.look()
+    desk.unmap()
+    desk.device.dma_map(READ, 0, 0, MEMORY, OwnedFd(os.dup(desk.file.fileno())))
+    desk.device.quiesce()
+    desk.unmap()
 
 
 @settings(max_examples=100, deadline=None)

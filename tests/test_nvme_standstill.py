@@ -34,6 +34,7 @@ from vfio_user.testing.nvme import Command, NvmeDriver, SharedMemory, Ticket, io
 from vfio_user.testing.nvme.access import ClientRegisters
 from vfio_user.testing.nvme.bare import NORMAL_SHUTDOWN
 from vfio_user.testing.nvme.data import Buffer
+from vfio_user.testing.nvme.queues import QueuePair
 from vfio_user.wire.constants import DeviceState, PciRegion
 
 from .nvme_gate_support import (
@@ -97,6 +98,18 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 # The bus master bit
 
 
+@contextlib.contextmanager
+def by_messages(storage: GatedStorage) -> Iterator[tuple[Nvme, MessageGuest, QueuePair, Buffer]]:
+    """A controller that nobody serves, whose guest's memory goes by messages; a queue pair, and room for a block."""
+    with contextlib.closing(controller_of(storage)) as device:
+        guest = MessageGuest(device)
+        driver = NvmeDriver(DirectRegisters(device), SharedMemory(memoryview(guest.memory)))
+        driver.enable()
+        queue = driver.create_queue_pair()
+        with driver.buffers.prp(BLOCK) as buffer:
+            yield device, guest, queue, buffer
+
+
 class TestBusMaster:
     """PCI: a host that clears it wants its memory left alone; kexec does, and whoever takes a device away."""
 
@@ -157,44 +170,34 @@ class TestBusMaster:
     def test_is_cleared_while_data_go_by_messages(self) -> None:
         """The client writes config space before it answers: that must not wait for the command that waits for it."""
         storage = GatedStorage()
-        with contextlib.closing(controller_of(storage)) as device:
-            guest = MessageGuest(device)
-            driver = NvmeDriver(DirectRegisters(device), SharedMemory(memoryview(guest.memory)))
-            driver.enable()
-            queue = driver.create_queue_pair()
-            with driver.buffers.prp(BLOCK) as buffer:
-                command = read_of(buffer)
-                page = int.from_bytes(command.pointer[:8], "little")
-                guest.touched = lambda address: set_bus_master(device, False) if address == page else None
-                tickets = queue.submit_many([command] * 5)
+        with by_messages(storage) as (device, guest, queue, buffer):
+            command = read_of(buffer)
+            page = int.from_bytes(command.pointer[:8], "little")
+            guest.touched = lambda address: set_bus_master(device, False) if address == page else None
+            tickets = queue.submit_many([command] * 5)
+            settle(device)
+            for _ in tickets:  # it is cleared with each of them
+                set_bus_master(device, True)
                 settle(device)
-                for _ in tickets:  # it is cleared with each of them
-                    set_bus_master(device, True)
-                    settle(device)
-                queue.reap()
+            queue.reap()
             assert [ticket.done for ticket in tickets] == [True] * 5
 
     def test_is_cleared_by_a_client_that_answers_nothing_meanwhile(self) -> None:
         """Nothing is asked of it before its write is answered."""
         storage = GatedStorage(shut=True)
-        with contextlib.closing(controller_of(storage)) as device:
-            guest = MessageGuest(device)
-            driver = NvmeDriver(DirectRegisters(device), SharedMemory(memoryview(guest.memory)))
-            driver.enable()
-            queue = driver.create_queue_pair()
-            with driver.buffers.prp(BLOCK) as buffer:
-                ticket = queue.submit(read_of(buffer))
-                storage.wait_for(1)
-                asked: list[int] = []
-                guest.touched = asked.append
-                opener = threading.Timer(0.1, storage.gate.set)
-                opener.start()
-                set_bus_master(device, False)
-                assert asked == []
-                set_bus_master(device, True)
-                settle(device)
-                queue.reap()
-                opener.join()
+        with by_messages(storage) as (device, guest, queue, buffer):
+            ticket = queue.submit(read_of(buffer))
+            storage.wait_for(1)
+            asked: list[int] = []
+            guest.touched = asked.append
+            opener = threading.Timer(0.1, storage.gate.set)
+            opener.start()
+            set_bus_master(device, False)
+            assert asked == []
+            set_bus_master(device, True)
+            settle(device)
+            queue.reap()
+            opener.join()
             assert ticket.done
 
     def test_comes_back_before_the_memory_does(self, impatient: None) -> None:

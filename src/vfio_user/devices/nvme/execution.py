@@ -149,27 +149,25 @@ class Executor:
 
         ``last``: nobody looks again for a while, and the host has to ring.
         """
-        doorbells = self.doorbells
-        if doorbells is None or not self._watches(doorbells) or not self.enabled or self.held:
-            return False
-        try:
-            rung = self._is_rung(doorbells, last)
-        except OSError as error:
-            self._controller.fatal(f"the memory of doorbells is gone: {error}")
-            return False
-        return rung and self.work()
+        return self._is_rung(last) and self.work()
 
     def look_away(self) -> None:
         """Nobody may call :meth:`look` again: the host has to ring from now on."""
-        if self.doorbells is not None and self._watches(self.doorbells):
-            self._is_rung(self.doorbells, last=True)
+        self._is_rung(last=True)
 
-    def _is_rung(self, doorbells: DoorbellBuffers, last: bool) -> bool:
+    def _is_rung(self, last: bool) -> bool:
+        doorbells = self.doorbells
+        if doorbells is None or not self._watches(doorbells) or not self.enabled or self.held:
+            return False
         rung = False
-        for number, queue in self.submissions.items():
-            if number:
-                tail = tail_of(number)
-                rung |= (doorbells.look_on(tail, queue.tail) if last else doorbells.read(tail)) != queue.tail
+        try:
+            for number, queue in self.submissions.items():
+                if number:
+                    tail = tail_of(number)
+                    rung |= (doorbells.look_on(tail, queue.tail) if last else doorbells.read(tail)) != queue.tail
+        except OSError as error:
+            self._controller.fatal(f"the memory of doorbells is gone: {error}")
+            return False
         return rung
 
     def _serve_all(self, until: float) -> bool:

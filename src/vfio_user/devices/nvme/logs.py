@@ -63,8 +63,8 @@ class Health:
 
     def take(self, other: Health) -> None:
         """Go on from what another controller has counted."""
-        for name in fields(self):
-            setattr(self, name.name, getattr(other, name.name))
+        for count in fields(self):
+            setattr(self, count.name, getattr(other, count.name))
 
 
 @dataclass(slots=True)
