@@ -36,6 +36,13 @@ class VfioUserError(Exception):
         return str(getattr(self, "strerror", None) or super().__str__())
 
 
+def reason_of(error: BaseException) -> str:
+    """Why, in one line: what the operating system refused names the file that it was about."""
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, VfioUserError):
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class ProtocolError(VfioUserError):
     """The peer broke a rule of the protocol.
 

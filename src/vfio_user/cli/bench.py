@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from vfio_user.cli.inspect import Seconds, timeout_option
-from vfio_user.cli.reasons import naming
+from vfio_user.cli.naming import naming
 from vfio_user.errors import UsageError
 from vfio_user.histogram import duration
 from vfio_user.tools.bench import Choice, Link, Measure, Report, Result, Settings, picture, pinned, plan, run

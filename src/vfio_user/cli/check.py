@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vfio_user.cli.inspect import timeout_option
-from vfio_user.cli.reasons import naming
+from vfio_user.cli.naming import naming
 from vfio_user.errors import VfioUserError
 from vfio_user.tools.check import (
     CLIENT_QUIRKS,

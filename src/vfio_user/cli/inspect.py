@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from vfio_user.cli.reasons import naming
+from vfio_user.cli.naming import naming
 from vfio_user.client import Client
 from vfio_user.errors import StreamError, UsageError
 from vfio_user.tools.dump import lines, read_pieces, write_from, write_number

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from vfio_user.cli.inspect import Seconds, connect, device_option, locate, socket_argument, timeout_option
-from vfio_user.cli.reasons import naming
+from vfio_user.cli.naming import naming
 from vfio_user.errors import CallTimeoutError
 from vfio_user.tools.dump import write_number
 from vfio_user.tools.info import irqs, name_of

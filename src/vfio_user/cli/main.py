@@ -15,9 +15,8 @@ import click
 
 from vfio_user import __version__
 from vfio_user.cli import logs
-from vfio_user.cli.reasons import describe
 from vfio_user.devices import BUILT_IN
-from vfio_user.errors import UsageError, VfioUserError
+from vfio_user.errors import UsageError, VfioUserError, reason_of
 
 COMMANDS = {
     "bench": "vfio_user.cli.bench:bench",
@@ -103,9 +102,9 @@ def _run() -> int:
     except click.Abort:
         return _fail("interrupted")
     except UsageError as error:
-        return _fail(describe(error), 2)
+        return _fail(reason_of(error), 2)
     except (VfioUserError, OSError) as error:
-        return _fail(describe(error))
+        return _fail(reason_of(error))
     return 0
 
 

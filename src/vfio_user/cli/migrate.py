@@ -13,11 +13,11 @@ import click
 from rich.console import Console
 
 from vfio_user.cli.inspect import connect, open_for_reading, socket_argument, timeout_option
+from vfio_user.cli.naming import naming
 from vfio_user.cli.peers import CALLS_PER_ANSWER, certificates, peer_options
 from vfio_user.cli.progress import follow, render
-from vfio_user.cli.reasons import describe, naming
 from vfio_user.client import Client
-from vfio_user.errors import MigrationError, UsageError, VfioUserError
+from vfio_user.errors import MigrationError, UsageError, VfioUserError, reason_of
 from vfio_user.live import Arrival, LocalDestination, MemoryRegion, Migration, Pipe, files
 from vfio_user.live.html import report_html
 from vfio_user.live.remote import receive as receive_from
@@ -93,7 +93,7 @@ def _poured(file: str | int, name: str) -> Iterator[BinaryIO]:
         with naming(name), open(file, "wb", closefd=isinstance(file, str)) as sink, spooled(sink) as spool:
             yield spool
     except BrokenPipeError as error:  # of which click would tell nobody
-        raise MigrationError(describe(error)) from error
+        raise MigrationError(reason_of(error)) from error
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def _telling(what: str) -> Iterator[None]:
     try:
         yield
     except (VfioUserError, OSError) as error:
-        raise MigrationError(f"{what}: {describe(error)}") from error
+        raise MigrationError(f"{what}: {reason_of(error)}") from error
 
 
 @click.command(epilog="Example: vfio-user migrate /tmp/a.sock --exec 'ssh host2 vfio-user receive /tmp/b.sock'")
@@ -178,7 +178,7 @@ def migrate(
     except UsageError:
         raise
     except (VfioUserError, OSError) as error:
-        report.error = report.error or describe(error)
+        report.error = report.error or reason_of(error)
     except KeyboardInterrupt as error:
         report.error = report.error or str(error) or "interrupted"
     _show(report, verified, as_json=as_json)

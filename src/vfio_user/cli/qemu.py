@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from vfio_user.cli.reasons import naming
+from vfio_user.cli.naming import naming
 from vfio_user.errors import CallTimeoutError, ConnectionClosedError, MigrationError, NegotiationError
 from vfio_user.live.text import clean, duration, size
 

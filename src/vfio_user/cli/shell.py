@@ -16,9 +16,8 @@ import click
 
 import vfio_user
 from vfio_user.cli.inspect import connect, device_option, registers_of, socket_argument, timeout_option
-from vfio_user.cli.reasons import describe
-from vfio_user.errors import VfioUserError
-from vfio_user.tools.info_text import describe as describe_facts
+from vfio_user.errors import VfioUserError, reason_of
+from vfio_user.tools.info_text import describe
 from vfio_user.tools.session import Session
 
 _HELP = """\
@@ -61,7 +60,7 @@ def namespace(session: Session) -> dict[str, Any]:
             click.echo(line)
 
     def info() -> None:
-        click.echo("\n".join(describe_facts(session.info())))
+        click.echo("\n".join(describe(session.info())))
 
     def regs(begin: str = "") -> list[str]:
         return [name for name in session.registers.names() if name.startswith(begin)]
@@ -106,7 +105,7 @@ class _Console(InteractiveConsole):
     def showtraceback(self) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, (VfioUserError, OSError)):
-            self.write(f"{type(error).__name__}: {describe(error)}\n")
+            self.write(f"{type(error).__name__}: {reason_of(error)}\n")
         else:
             super().showtraceback()
 

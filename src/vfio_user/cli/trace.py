@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from vfio_user.cli.reasons import naming
+from vfio_user.cli.naming import naming
 from vfio_user.errors import ProtocolError, UsageError
 from vfio_user.filters.settings import parse_region
 from vfio_user.tools.trace import (

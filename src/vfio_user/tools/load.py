@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from vfio_user.device import Device
 from vfio_user.devices import BUILT_IN, built_in
-from vfio_user.errors import UsageError
+from vfio_user.errors import UsageError, reason_of
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -42,13 +42,8 @@ def _faults_of(name: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         logger.info("%s", name, exc_info=True)
-        raise UsageError(f"{name}: {_reason(error)} (vfio-user -v shows where)") from error
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        raise UsageError(f"{name}: {kind}{reason_of(error)} (vfio-user -v shows where)") from error
 
 
 def load_device(name: str) -> type[Device]:

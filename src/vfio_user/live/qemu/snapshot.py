@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from vfio_user import __version__
-from vfio_user.errors import MigrationError, StreamError, VfioUserError
+from vfio_user.errors import MigrationError, StreamError, VfioUserError, reason_of
 from vfio_user.live.destination import UnconfirmedError, nothing
 from vfio_user.live.files import Header
 from vfio_user.live.files import Writer as StateWriter
@@ -104,7 +104,7 @@ class QemuSave(Job):
         try:
             check_target(self.folder)
         except OSError as error:
-            plan.obstacles.append(f"{error.filename}: {error.strerror}")
+            plan.obstacles.append(reason_of(error))
         return plan
 
     def run(self) -> None:
@@ -120,7 +120,7 @@ class QemuSave(Job):
                     self._give_up(error)
                     raise
         except (VfioUserError, OSError) as error:
-            self.report.error = self.report.error or _reason(error)
+            self.report.error = self.report.error or reason_of(error)
             raise MigrationError(f"not saved: {self.report.error}") from error
         finally:
             self.report.total = time.monotonic() - started
@@ -217,7 +217,7 @@ class QemuSave(Job):
 
     def _give_up(self, error: BaseException) -> None:
         # What is there already, is that the guest does not go on.
-        self.report.error = "; ".join(filter(None, (self.report.error, _reason(error))))
+        self.report.error = "; ".join(filter(None, (self.report.error, reason_of(error))))
         if self.report.step in (Step.PAUSE, Step.STOP_COPY):
             for failure in self._go_on():
                 self.report.error += f"; while rolling back: {failure}"
@@ -271,7 +271,7 @@ class QemuRestore(Job):
                     self._give_up(error, incoming)
                     raise
         except (VfioUserError, OSError) as error:
-            self.report.error = self.report.error or _reason(error)
+            self.report.error = self.report.error or reason_of(error)
             unconfirmed = self.report.status is Status.UNCONFIRMED
             kind, verdict = (UnconfirmedError, "unconfirmed") if unconfirmed else (MigrationError, "not restored")
             raise kind(f"{verdict}: {self.report.error}") from error
@@ -321,16 +321,9 @@ class QemuRestore(Job):
         self.report.memory_bytes = snapshot.manifest.memory.size
 
     def _give_up(self, error: BaseException, incoming: Incoming) -> None:
-        self.report.error = _reason(error)
+        self.report.error = reason_of(error)
         if isinstance(error, UnconfirmedError):
             self.report.status = Status.UNCONFIRMED
         elif self.report.step is not Step.CHECK:
             for failure in do_all([partial(incoming.end, devices_ran=self.report.step is Step.START)]):
                 self.report.error += f"; while ending the destination: {failure}"
-
-
-def _reason(error: BaseException) -> str:
-    """In words; of the operating system's, with the file that it is about."""
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, VfioUserError):
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
