@@ -142,11 +142,15 @@ class Outgoing:
     def _let_guest_run(self) -> None:
         if self.monitor.migration().status not in ENDED:
             self.monitor.execute("migrate_cancel")
-            deadline = time.monotonic() + self._timeout
-            while self.monitor.migration().status not in ENDED and time.monotonic() < deadline:
-                self.monitor.wait_event(POLL)
+        deadline = time.monotonic() + self._timeout
+        while not self._has_ended() and time.monotonic() < deadline:
+            self.monitor.wait_event(POLL)
         if self.guest_runs:
             self.monitor.execute("cont")
+
+    def _has_ended(self) -> bool:
+        """Whether QEMU's migration has. It says so a moment before it leaves the run state in which it refuses cont."""
+        return self.monitor.migration().status in ENDED and self.monitor.status().status != "finish-migrate"
 
 
 def do_all(parts: Sequence[Callable[[], object]]) -> list[str]:
