@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from vfio_user.device import Bar, Device
 from vfio_user.devices.edu import Edu
 from vfio_user.errors import UsageError
-from vfio_user.pci import MsiCapability, MsixCapability, PcieEndpoint, PowerManagement
+from vfio_user.pci import (
+    AdvancedErrorReporting,
+    MsiCapability,
+    MsixCapability,
+    PcieEndpoint,
+    PowerManagement,
+    VendorSpecific,
+)
 from vfio_user.pci.config_space import ConfigSpace
 from vfio_user.tools.trace import Choice, FdKind, RegisterNames, Seen, SeenFd, Tracer, parse_command, read_capture
 from vfio_user.tools.trace.exchanges import KEPT, MAX_PENDING, Exchanges, Told
@@ -243,6 +250,24 @@ def test_registers_of_config_space_are_named_as_far_as_they_were_read() -> None:
     names.learn(PciRegion.CONFIG, 0, bytes(data))
     for offset in (*range(0x14), *range(0x40, 0x100)):
         assert names.names(PciRegion.CONFIG, offset, 1) == space.names(offset, 1), hex(offset)
+
+
+def test_extended_capabilities_have_names_and_so_has_a_second_one_of_a_kind() -> None:
+    capabilities = (
+        PcieEndpoint(),
+        VendorSpecific(b"abc"),
+        VendorSpecific(b"de", name="other"),
+        AdvancedErrorReporting(),
+    )
+    space = ConfigSpace(0x1234, 0x5678, capabilities=capabilities)
+    data = bytearray(len(space))
+    space.read_into(0, memoryview(data))
+    names = RegisterNames()
+    names.learn(PciRegion.CONFIG, 0, bytes(data))
+    assert names.names(PciRegion.CONFIG, 0x104, 4) == space.names(0x104, 4) == ["aer.uncorrectable_status"]
+    first, second = (at for at in range(0x40, 0x100, 4) if data[at] == 0x09)
+    assert names.names(PciRegion.CONFIG, first, 2) == ["vendor.header"]
+    assert names.names(PciRegion.CONFIG, second, 2) == [f"vendor@{second:02x}.header"]
 
 
 def test_a_chain_read_byte_by_byte_is_learned_too() -> None:

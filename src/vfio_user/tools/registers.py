@@ -60,7 +60,7 @@ class Registers:
         self._places: dict[str, Location] = {}
         if snapshot is not None:
             self._add(PciRegion.CONFIG, _header(snapshot))
-            self._add(PciRegion.CONFIG, _capabilities(snapshot), prefix="")
+            self._add(PciRegion.CONFIG, registers_of_capabilities(snapshot), prefix="")
             device = device or known_device(snapshot.value(0, 2), snapshot.value(2, 2))
         if device is not None:
             self._add_bars(device)
@@ -131,7 +131,7 @@ def _runs(names: Callable[[int], list[str]], size: int) -> Iterator[tuple[str, i
         yield name, offsets[0], len(offsets)
 
 
-def _capabilities(snapshot: Snapshot) -> Iterator[Register]:
+def registers_of_capabilities(snapshot: Snapshot) -> Iterator[Register]:
     """Those of the capabilities; of several of one kind, all but the first are called by their offset, too."""
     taken: set[str] = set()
     for found in (*snapshot.capabilities, *snapshot.extended_capabilities):
