@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
-from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request, allocate
+from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request, allocate, close_replies
 from vfio_user.client.readiness import Readiness
 from vfio_user.client.regions import IoFdDescription, RegionDescription
 from vfio_user.errors import CallTimeoutError, ConnectionClosedError, FramingError, UnexpectedReplyError, UsageError
@@ -342,12 +342,12 @@ class Client:
                         requests = call.throw(error)
                     else:
                         requests = call.send(replies)
-                        _close(replies)
+                        close_replies(replies)
             except StopIteration as stop:
                 result: T = stop.value
                 return result
             finally:
-                _close(replies)
+                close_replies(replies)
                 self._note_left_over()
 
     async def _run_copied(self, call: Call[memoryview]) -> bytes:
@@ -460,8 +460,3 @@ def _receive_ready(channels: list[Channel]) -> bool:
             channel.receive()
             received = True
     return received
-
-
-def _close(replies: Sequence[Message]) -> None:
-    for message in replies:
-        message.close()

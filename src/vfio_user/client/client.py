@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
-from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request, allocate
+from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request, allocate, drive
 from vfio_user.client.readiness import Readiness
 from vfio_user.client.regions import IoFdDescription, RegionDescription
 from vfio_user.errors import CallTimeoutError, ConnectionClosedError, FramingError, UnexpectedReplyError, UsageError
@@ -346,22 +346,9 @@ class Client:
         """Drive a call: send what it asks for, hand it the replies, until it returns."""
         with self._exclusive():
             deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
-            replies: list[Message] = []
             try:
-                requests = next(call)
-                while True:
-                    try:
-                        replies = self._transact(requests, deadline)
-                    except BaseException as error:
-                        requests = call.throw(error)
-                    else:
-                        requests = call.send(replies)
-                        _close(replies)
-            except StopIteration as stop:
-                result: T = stop.value
-                return result
+                return drive(call, lambda requests: self._transact(requests, deadline))
             finally:
-                _close(replies)
                 self._note_left_over()
 
     def _run_copied(self, call: Call[memoryview]) -> bytes:
@@ -463,8 +450,3 @@ class Client:
         for _, channel in self._links:
             if channel.fileno() in ready:
                 channel.receive()
-
-
-def _close(replies: Sequence[Message]) -> None:
-    for message in replies:
-        message.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 from vfio_user.client.memory import RegisteredMemory
@@ -88,6 +88,32 @@ class Request(NamedTuple):
 
 
 Call = Generator[Sequence[Request], list[Message], T]
+
+
+def drive(call: Call[T], transact: Callable[[Sequence[Request]], list[Message]]) -> T:
+    """Make a call: ``transact`` sends what it asks for, and returns the replies, which it has until it asks again."""
+    replies: list[Message] = []
+    try:
+        requests = next(call)
+        while True:
+            try:
+                replies = transact(requests)
+            except BaseException as error:
+                requests = call.throw(error)
+            else:
+                requests = call.send(replies)
+                close_replies(replies)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        close_replies(replies)
+
+
+def close_replies(replies: Sequence[Message]) -> None:
+    """Close the fds that came with replies and were not taken."""
+    for message in replies:
+        message.close()
 
 
 def _one(request: Request) -> Call[Message]:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request
+from vfio_user.client.core import PROPOSAL, Call, ClientCore, Request, close_replies, drive
 from vfio_user.client.memory import RegisteredMemory
 from vfio_user.errors import (
     CallTimeoutError,
@@ -169,22 +169,7 @@ class Upstream:
 
     def _run(self, call: Call[T]) -> T:
         deadline = time.monotonic() + self._timeout
-        replies: list[Message] = []
-        try:
-            requests = next(call)
-            while True:
-                try:
-                    replies = self._transact(requests, deadline)
-                except BaseException as error:
-                    requests = call.throw(error)
-                else:
-                    requests = call.send(replies)
-                    _close(replies)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        finally:
-            _close(replies)
+        return drive(call, lambda requests: self._transact(requests, deadline))
 
     def _transact(self, requests: Sequence[Request], deadline: float) -> list[Message]:
         """Send commands, wait for their replies."""
@@ -203,7 +188,7 @@ class Upstream:
         except BaseException:
             for msg_id in left:
                 connection.abandon(msg_id)
-            _close([*replies, *(self._replies.pop(msg_id) for msg_id in left if msg_id in self._replies)])
+            close_replies([*replies, *(self._replies.pop(msg_id) for msg_id in left if msg_id in self._replies)])
             raise
         return replies
 
@@ -307,8 +292,3 @@ def _connected(path: Path, timeout: float) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def _close(messages: Sequence[Message]) -> None:
-    for message in messages:
-        message.close()
