@@ -14,8 +14,8 @@ from vfio_user.server.backend import ServerBackend
 from vfio_user.server.context import Limits
 from vfio_user.server.control import Control
 from vfio_user.server.dma_messages import DMA_TIMEOUT
-from vfio_user.server.listener import BoundSocket
 from vfio_user.server.session import Session
+from vfio_user.transport.listener import BoundSocket
 
 logger = logging.getLogger("vfio_user.server")
 

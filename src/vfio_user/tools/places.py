@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import re
 import select
 import socket
@@ -18,6 +16,7 @@ from types import TracebackType
 from typing import Protocol
 
 from vfio_user.errors import CallTimeoutError, UsageError
+from vfio_user.transport.listener import BoundSocket
 
 logger = logging.getLogger(__name__)
 
@@ -47,31 +46,7 @@ class UnixPlace:
     path: Path
 
     def listen(self) -> socket.socket:
-        with ExitStack() as stack:
-            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-            before = os.umask(0o177)
-            try:
-                self._bind(listener)
-            finally:
-                os.umask(before)
-            listener.listen(_BACKLOG)
-            stack.pop_all()
-        return listener
-
-    def _bind(self, listener: socket.socket) -> None:
-        try:
-            listener.bind(str(self.path))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not self._stale():
-                raise
-            self.path.unlink()
-            listener.bind(str(self.path))
-
-    def _stale(self) -> bool:
-        """Whether it is a socket on which nobody listens: who did was killed."""
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)
-            return self.path.is_socket() and probe.connect_ex(str(self.path)) == errno.ECONNREFUSED
+        return BoundSocket(self.path, mode=0o600).socket
 
     def left(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -17,7 +17,6 @@ import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +26,7 @@ from vfio_user.protocol import Framer
 from vfio_user.protocol.framing import DISCARD_LIMIT
 from vfio_user.tools.trace.seen import Observer, Place, Seen, SeenFd, describe_fd
 from vfio_user.transport.ancillary import ANCILLARY_SIZE, pack_fds, take_fds
+from vfio_user.transport.listener import BoundSocket
 from vfio_user.wire.commands import Role
 from vfio_user.wire.constants import DEFAULT_DATA_XFER_SIZE, HEADER_SIZE
 from vfio_user.wire.messages import Header
@@ -508,41 +508,16 @@ class _Guarded(Observer):
 
 def listen(path: str | os.PathLike[str]) -> socket.socket:
     """A socket that listens at ``path``; a stale one there is replaced, a live one is not. Raises OSError."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with _naming(listener, path):
-        if Path(path).is_socket() and not _alive(path):
-            Path(path).unlink()
-        listener.bind(os.fspath(path))
-        listener.listen()
-    return listener
+    return BoundSocket(path).socket
 
 
 def connect(path: str | os.PathLike[str]) -> socket.socket:
     """A socket that is connected to the server at ``path``. Raises OSError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with _naming(sock, path):
-        sock.connect(os.fspath(path))
-    return sock
-
-
-def _alive(path: str | os.PathLike[str]) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            return False
-        except BlockingIOError:  # a full backlog
-            return True
-    return True
-
-
-@contextlib.contextmanager
-def _naming(sock: socket.socket, path: str | os.PathLike[str]) -> Iterator[None]:
-    """What fails within closes the socket, and names the path."""
     try:
-        yield
+        sock.connect(os.fspath(path))
     except OSError as error:
         sock.close()
         number = error.errno or errno.ENAMETOOLONG  # Python checks the length itself, and gives none
         raise OSError(number, os.strerror(number), os.fspath(path)) from error
+    return sock
