@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from vfio_user.cli.inspect import Seconds, timeout_option
 from vfio_user.cli.naming import naming
+from vfio_user.cli.options import Seconds, json_option, timeout_option
 from vfio_user.errors import UsageError
 from vfio_user.histogram import duration
 from vfio_user.tools.bench import Choice, Link, Measure, Report, Result, Settings, picture, pinned, plan, run
@@ -47,7 +47,7 @@ _MIB = 1 << 20
 )
 @click.option("--client-core", metavar="N", type=click.IntRange(0), help="Run this program on core N.")
 @click.option("--server-core", metavar="N", type=click.IntRange(0), help="Move the servers to core N meanwhile.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 @click.option(
     "--html", metavar="FILE", type=click.Path(dir_okay=False), help="Also write a page with the distributions."
 )

@@ -19,8 +19,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from vfio_user.cli.inspect import timeout_option
 from vfio_user.cli.naming import naming
+from vfio_user.cli.options import json_option, timeout_option
 from vfio_user.errors import VfioUserError
 from vfio_user.tools.check import (
     CLIENT_QUIRKS,
@@ -70,7 +70,7 @@ _COLUMNS = {
 )
 @click.option("--list", "wants_list", is_flag=True, help="Show the cases, run none.")
 @click.option("--strict", is_flag=True, help="Fail for a should and for a known quirk, too.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 @click.option("--junit", "junit_file", metavar="FILE", type=click.Path(dir_okay=False), help="Also write JUnit XML.")
 @timeout_option
 def check(

@@ -10,6 +10,7 @@ import click
 from rich.console import Console, Group
 from rich.text import Text
 
+from vfio_user.cli.options import json_option
 from vfio_user.cli.progress import RoundsTable, facts_panel, follow
 from vfio_user.errors import MigrationError
 from vfio_user.tools import demo as job
@@ -19,7 +20,7 @@ MOST_FINDINGS = 10
 
 
 @click.command(epilog="Example: vfio-user demo --bandwidth 100")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 @click.option(
     "--input",
     "input_path",

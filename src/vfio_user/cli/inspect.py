@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 
 import click
 
-from vfio_user.cli.naming import naming
+from vfio_user.cli.naming import connect, naming
+from vfio_user.cli.options import device_option, json_option, socket_argument, timeout_option
 from vfio_user.client import Client
 from vfio_user.errors import StreamError, UsageError
 from vfio_user.tools.dump import lines, read_pieces, write_from, write_number
@@ -29,37 +30,6 @@ from vfio_user.tools.location import (
 )
 from vfio_user.tools.registers import Registers
 
-MIN_TIMEOUT, MAX_TIMEOUT = 0.01, 86400.0
-
-
-def seconds(ctx: click.Context, param: click.Parameter, value: float) -> float:
-    """The callback of an option for a time that is waited at most. Raises click.BadParameter."""
-    if not MIN_TIMEOUT <= value <= MAX_TIMEOUT:  # NaN is not either, which FloatRange would take
-        raise click.BadParameter(f"{value} is not in the range {MIN_TIMEOUT} to {MAX_TIMEOUT:.0f}")
-    return value
-
-
-class Seconds(click.FloatRange):
-    """As FloatRange, without NaN, which is neither below nor above."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number: float = super().convert(value, param, ctx)
-        if number != number:
-            self.fail(f"{value} is no number of seconds", param, ctx)
-        return number
-
-
-timeout_option = click.option(
-    "--timeout", default=5.0, show_default=True, type=float, callback=seconds, help="Seconds for each call."
-)
-socket_argument = click.argument("path", metavar="SOCKET", type=click.Path())
-
-
-def connect(path: str, timeout: float) -> Client:
-    """A client of the server at ``path``; what fails names it."""
-    with naming(path):
-        return Client.connect(path, timeout)
-
 
 def open_for_reading(path: str) -> BinaryIO:
     """The file at ``path``; "-" is stdin, which is left open."""
@@ -68,7 +38,7 @@ def open_for_reading(path: str) -> BinaryIO:
 
 @click.command(epilog="Example: vfio-user info /tmp/edu.sock")
 @click.argument("path", metavar="SOCKET|FILE", type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 @timeout_option
 def info(path: str, as_json: bool, timeout: float) -> None:
     """Show what is behind SOCKET: version, regions, interrupts, PCI identity, migration.
@@ -105,11 +75,6 @@ def _describe_saved(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-device_option = click.option(
-    "--device", metavar="DEVICE", help="Whose registers the BARs have, as for serve; by default a built-in one's."
-)
-
-
 def registers_of(client: Client, device: str | None) -> Registers:
     """The registers that have names. Raises UsageError for a device that cannot be made."""
     return Registers(read_config(client), None if device is None else make_device(device))
@@ -126,7 +91,7 @@ def resolve(place: Place, registers: Callable[[], Registers]) -> Location | Exte
 @socket_argument
 @click.argument("places", metavar="PLACE...", nargs=-1, required=True)
 @click.option("--output", metavar="FILE", type=click.Path(), help='Write the bytes there instead; "-" is stdout.')
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 @device_option
 @timeout_option
 def read(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import click
 
-from vfio_user.cli.inspect import Seconds, connect, device_option, locate, socket_argument, timeout_option
-from vfio_user.cli.naming import naming
+from vfio_user.cli.inspect import locate
+from vfio_user.cli.naming import connect, naming
+from vfio_user.cli.options import Seconds, device_option, json_option, socket_argument, timeout_option
 from vfio_user.errors import CallTimeoutError
 from vfio_user.tools.dump import write_number
 from vfio_user.tools.info import irqs, name_of
@@ -17,7 +18,6 @@ from vfio_user.tools.location import parse_assignment
 from vfio_user.wire.constants import IrqSetFlags, PciIrq
 
 _vectors_argument = click.argument("vectors", metavar="VECTOR...", nargs=-1, required=True)
-_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 _within_option = click.option(
     "--within", metavar="S", default=10.0, show_default=True, type=Seconds(0, 86400), help="Seconds to wait."
 )
@@ -34,7 +34,7 @@ def irq() -> None:
 
 @irq.command("list", epilog="Example: vfio-user irq list /tmp/edu.sock")
 @socket_argument
-@_json_option
+@json_option
 @timeout_option
 def list_(path: str, as_json: bool, timeout: float) -> None:
     """Show the interrupt indexes of a device."""
@@ -57,7 +57,7 @@ def list_(path: str, as_json: bool, timeout: float) -> None:
 @_within_option
 @click.option("--write", "writes", metavar="PLACE=VALUE", multiple=True, help="Written once the eventfds are in place.")
 @device_option
-@_json_option
+@json_option
 @timeout_option
 def wait(
     path: str,

@@ -12,8 +12,16 @@ from typing import Any, BinaryIO
 import click
 from rich.console import Console
 
-from vfio_user.cli.inspect import connect, open_for_reading, socket_argument, timeout_option
-from vfio_user.cli.naming import naming
+from vfio_user.cli.inspect import open_for_reading
+from vfio_user.cli.naming import connect, naming
+from vfio_user.cli.options import (
+    bandwidth_option,
+    force_option,
+    html_option,
+    json_option,
+    socket_argument,
+    timeout_option,
+)
 from vfio_user.cli.peers import CALLS_PER_ANSWER, certificates, peer_options
 from vfio_user.cli.progress import follow, render
 from vfio_user.client import Client
@@ -118,8 +126,8 @@ def _telling(what: str) -> Iterator[None]:
 )
 @click.option("--compress", is_flag=True, help="Compress what goes to the other side, if it knows how.")
 @peer_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.option("--html", metavar="FILE", type=click.Path(dir_okay=False), help="The report as a page, with curves.")
+@json_option
+@html_option
 @click.option(
     "--downtime",
     default=50,
@@ -130,8 +138,8 @@ def _telling(what: str) -> Iterator[None]:
 @click.option(
     "--max-rounds", default=30, show_default=True, type=click.IntRange(min=1), help="Rounds to come to that in."
 )
-@click.option("--force", is_flag=True, help="Switch over after that, however long it takes.")
-@click.option("--bandwidth", metavar="MIB", type=click.IntRange(min=1), help="MiB per second to use at most.")
+@force_option
+@bandwidth_option
 @timeout_option
 def migrate(
     paths: tuple[str, ...],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from vfio_user.cli.inspect import seconds
+from vfio_user.cli.options import seconds
 from vfio_user.server import Server
 from vfio_user.tools.interrupts import END_SIGNALS
 from vfio_user.tools.proxy import ProxyBackend

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from vfio_user.cli.inspect import timeout_option
+from vfio_user.cli.options import bandwidth_option, force_option, html_option, json_option, timeout_option
 from vfio_user.cli.progress import render
 from vfio_user.cli.qemu import CALLS_PER_STEP, control, need_qmp, tell_plan
 from vfio_user.errors import MigrationError, VfioUserError
@@ -53,8 +53,8 @@ _ADVICE = "; see whether its guest runs, then: vfio-user qemu-migrate --recover"
 @click.option("--dry-run", is_flag=True, help="Say what would move, and what stands against it; change nothing.")
 @click.option("--recover", is_flag=True, help="After a qemu-migrate that was killed: have exactly one guest run.")
 @click.option("--keep-source", is_flag=True, help="Do not end the source's QEMU, whose guest must never run again.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.option("--html", metavar="FILE", type=click.Path(dir_okay=False), help="The report as a page, with curves.")
+@json_option
+@html_option
 @click.option(
     "--downtime",
     default=300,
@@ -65,8 +65,8 @@ _ADVICE = "; see whether its guest runs, then: vfio-user qemu-migrate --recover"
 @click.option(
     "--max-passes", default=30, show_default=True, type=click.IntRange(min=1), help="Over the memory, to come to that."
 )
-@click.option("--force", is_flag=True, help="Switch over after that, however long it takes.")
-@click.option("--bandwidth", metavar="MIB", type=click.IntRange(min=1), help="MiB per second to use at most.")
+@force_option
+@bandwidth_option
 @timeout_option
 def qemu_migrate(
     source: str,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vfio_user.cli.inspect import timeout_option
+from vfio_user.cli.options import json_option, timeout_option
 from vfio_user.cli.qemu import CALLS_PER_STEP, carry_out, need_qmp, served, tell_outcome, tell_plan
 from vfio_user.tools.interrupts import Interrupts
 
@@ -31,7 +31,7 @@ from vfio_user.tools.interrupts import Interrupts
 )
 @click.option("--paused", is_flag=True, help="Do not let the guest go on: cont, by QMP, does.")
 @click.option("--dry-run", is_flag=True, help="Read all of it and say what stands against it; change nothing.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 @timeout_option
 def qemu_restore(
     folder: Path,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vfio_user.cli.inspect import timeout_option
+from vfio_user.cli.options import json_option, timeout_option
 from vfio_user.cli.qemu import CALLS_PER_STEP, carry_out, need_qmp, served, tell_outcome, tell_plan
 from vfio_user.tools.interrupts import Interrupts
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--quit", "end", is_flag=True, help="End the QEMU once all is saved, instead of letting the guest go on.")
 @click.option("--dry-run", is_flag=True, help="Say what would be saved, and what stands against it; change nothing.")
 @click.option("--recover", is_flag=True, help="After a qemu-save that was killed: have the guest go on.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 @timeout_option
 def qemu_save(
     folder: Path,

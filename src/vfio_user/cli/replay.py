@@ -6,7 +6,7 @@ import json
 
 import click
 
-from vfio_user.cli.inspect import socket_argument, timeout_option
+from vfio_user.cli.options import json_option, socket_argument, timeout_option
 from vfio_user.errors import VfioUserError
 from vfio_user.tools.replay import Difference, Ignored, Replay, choose_connection, connections
 from vfio_user.tools.trace import CaptureError, connect, read_capture
@@ -18,7 +18,7 @@ from vfio_user.tools.trace import CaptureError, connect, read_capture
 @click.option("--connection", metavar="N", type=click.IntRange(min=1), help="Which one of the capture; else the first.")
 @click.option("--ignore", metavar="WHAT", multiple=True, help="A command, region or place whose replies may differ.")
 @click.option("--all", "show_all", is_flag=True, help="Go on after the first difference.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 @timeout_option
 def replay(
     file: str,

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 
 import click
 
-from vfio_user.cli.inspect import connect, timeout_option
+from vfio_user.cli.naming import connect
+from vfio_user.cli.options import timeout_option
 from vfio_user.errors import UsageError
 from vfio_user.tools.migrate import wake
 

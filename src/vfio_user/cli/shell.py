@@ -15,7 +15,9 @@ from typing import Any
 import click
 
 import vfio_user
-from vfio_user.cli.inspect import connect, device_option, registers_of, socket_argument, timeout_option
+from vfio_user.cli.inspect import registers_of
+from vfio_user.cli.naming import connect
+from vfio_user.cli.options import device_option, socket_argument, timeout_option
 from vfio_user.errors import VfioUserError, reason_of
 from vfio_user.tools.info_text import describe
 from vfio_user.tools.session import Session
