@@ -17,8 +17,9 @@ from vfio_user.live.qemu.monitor import (
 )
 from vfio_user.live.qemu.named_control import NamedControl
 from vfio_user.live.qemu.places import ServedDevice
-from vfio_user.live.qemu.plan import DevicePair, Plan, RestorePlan, SavePlan
+from vfio_user.live.qemu.plan import DevicePair, Plan
 from vfio_user.live.qemu.snapshot import QemuRestore, QemuSave, SnapshotReport
+from vfio_user.live.qemu.snapshot_plans import RestorePlan, SavePlan
 
 __all__ = [
     "AbsentError",

@@ -32,7 +32,6 @@ from vfio_user.live.qemu.machine import Machine
 from vfio_user.live.qemu.monitor import POLL, Monitor
 from vfio_user.live.qemu.outgoing import Outgoing, do_all
 from vfio_user.live.qemu.places import ServedDevice
-from vfio_user.live.qemu.plan import RestorePlan, SavePlan
 from vfio_user.live.qemu.snapshot_files import (
     CONFIG,
     FORMAT_VERSION,
@@ -47,6 +46,7 @@ from vfio_user.live.qemu.snapshot_files import (
     opened,
     written,
 )
+from vfio_user.live.qemu.snapshot_plans import RestorePlan, SavePlan
 from vfio_user.live.report import Report, Status, Step
 from vfio_user.wire.constants import DeviceState
 
