@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import socket
 import stat
@@ -39,6 +38,7 @@ from .cli_migrate_support import (
     serving,
     started,
 )
+from .tls_support import make_certificates
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -235,19 +235,7 @@ def test_who_says_nothing_is_not_waited_for_for_ever(place: Path) -> None:
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keys and self-signed certificates of two hosts, and of a stranger."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make certificates with")
-    where = tmp_path_factory.mktemp("certificates")
-    for name in ("source", "destination", "stranger"):
-        subprocess.run(
-            f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN={name}"
-            f" -addext subjectAltName=DNS:localhost -keyout {name}.key -out {name}.crt".split(),
-            cwd=where,
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
-    return where
+    return make_certificates(tmp_path_factory.mktemp("certificates"), host="localhost")
 
 
 def trust(certificates: Path, own: str, peer: str) -> list[str | Path]:

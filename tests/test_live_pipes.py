@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import ssl
@@ -42,6 +41,7 @@ from .live_remote_support import (
     socket_pipes,
     two_guests,
 )
+from .tls_support import make_certificates
 
 
 @pytest.fixture
@@ -144,19 +144,7 @@ def test_a_process_that_ends_or_stops_leaves_the_source_running(
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keys and self-signed certificates of two hosts, and of a stranger."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make certificates with")
-    where = tmp_path_factory.mktemp("certificates")
-    for name in ("source", "destination", "stranger"):
-        subprocess.run(
-            f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN={name}"
-            f" -addext subjectAltName=DNS:{name} -keyout {name}.key -out {name}.crt".split(),
-            cwd=where,
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
-    return where
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 def context(certificates: Path, own: str, peer: str) -> ssl.SSLContext:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -396,9 +396,7 @@ def test_another_qemu_is_refused_whatever_else_it_says(tmp_path: Path, version: 
 
 @pytest.fixture
 def edu(tmp_path: Path) -> Iterator[Served]:
-    with ExitStack() as stack:
-        served = Served(Edu(), tmp_path, "edu")
-        stack.callback(served.stop)
+    with Served(Edu(), tmp_path, "edu") as served:
         yield served
 
 

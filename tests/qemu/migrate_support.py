@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from vfio_user import Server, ServerBackend
 from vfio_user.client.control import ControlClient
 from vfio_user.live.qemu import DevicePair, Monitor, QemuMigration
+from vfio_user.testing.qemu import QemuError
 from vfio_user.testing.qtest import QtestMachine
 
 TIMEOUT = 10.0
@@ -36,6 +38,14 @@ class Served:
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
@@ -54,6 +64,24 @@ class Served:
 def qmp_args(path: Path) -> list[str]:
     """A monitor for whoever manages the machine, beside the test's own."""
     return ["-qmp", f"unix:{path},server=on,wait=off"]
+
+
+@contextlib.contextmanager
+def machines(qemu: Path) -> Iterator[MachineFactory]:
+    """Starts machines without guests, which end with it; those that have ended already are no fault."""
+    with ExitStack() as stack:
+
+        def start(*arguments: Any, **options: Any) -> QtestMachine:
+            machine = QtestMachine(qemu, *arguments, **options)
+            stack.callback(_end, machine)
+            return machine
+
+        yield start
+
+
+def _end(machine: QtestMachine) -> None:
+    with contextlib.suppress(QemuError):
+        machine.close()
 
 
 @dataclass

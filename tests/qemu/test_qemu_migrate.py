@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,23 @@ from vfio_user.devices.gpio import Gpio
 from vfio_user.errors import MigrationError
 from vfio_user.live.qemu import DevicePair, QemuMigration
 from vfio_user.live.report import Status, Step
-from vfio_user.testing.qemu import QemuError
 from vfio_user.testing.qtest import QtestMachine
 from vfio_user.wire.constants import DeviceState
 
-from .migrate_support import BAR, BUFFER, FROM_GUEST, INCOMING, LIVENESS, PAGE, TO_GUEST, Bench, Side, dma, live
+from .migrate_support import (
+    BAR,
+    BUFFER,
+    FROM_GUEST,
+    INCOMING,
+    LIVENESS,
+    PAGE,
+    TO_GUEST,
+    Bench,
+    Side,
+    dma,
+    live,
+    machines,
+)
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(60)]
 
@@ -32,19 +44,8 @@ TARGET = 0x20_0000
 
 @pytest.fixture
 def bench(qemu: Path, tmp_path: Path) -> Iterator[Bench]:
-    with ExitStack() as servers, ExitStack() as machines:
-
-        def start(*arguments: object, **options: object) -> QtestMachine:
-            machine = QtestMachine(qemu, *arguments, **options)  # type: ignore[arg-type]
-            machines.callback(_end, machine)
-            return machine
-
+    with ExitStack() as servers, machines(qemu) as start:
         yield Bench(servers, start, tmp_path)
-
-
-def _end(machine: QtestMachine) -> None:
-    with suppress(QemuError):  # it has ended already
-        machine.close()
 
 
 @pytest.fixture

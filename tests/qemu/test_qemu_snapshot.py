@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +33,6 @@ from vfio_user.pci import PcieEndpoint, PowerManagement, VendorSpecific
 from vfio_user.pci.capabilities import EXTENDED_CONFIG_SIZE
 from vfio_user.pci.express import AdvancedErrorReporting, VendorSpecificExtended
 from vfio_user.testing.linux import Guest, LinuxMachine
-from vfio_user.testing.qemu import QemuError
 from vfio_user.testing.qtest import QtestMachine
 from vfio_user.wire.constants import PciRegion
 
@@ -50,6 +49,7 @@ from .migrate_support import (
     Served,
     Side,
     dma,
+    machines,
     qmp_args,
 )
 from .test_qemu_migrate import PATTERN, TARGET, OtherEdu, _capability, _line_of, moved_whole, use
@@ -108,19 +108,8 @@ class World(Bench):
 
 @pytest.fixture
 def world(qemu: Path, tmp_path: Path) -> Iterator[World]:
-    with ExitStack() as servers, ExitStack() as machines:
-
-        def start(*arguments: Any, **options: Any) -> QtestMachine:
-            machine = QtestMachine(qemu, *arguments, **options)
-            machines.callback(_end, machine)
-            return machine
-
+    with ExitStack() as servers, machines(qemu) as start:
         yield World(servers, start, tmp_path)
-
-
-def _end(machine: QtestMachine) -> None:
-    with suppress(QemuError):  # it has ended already
-        machine.close()
 
 
 def at(job: Callable[[], QemuSave | QemuRestore], moment: str, action: Callable[[], object]) -> Callable[[], None]:

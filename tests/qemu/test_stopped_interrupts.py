@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,7 @@ IRQ_RAISE, IRQ_ACK = 0x60, 0x64
 @pytest.fixture
 def edu(tmp_path: Path) -> Iterator[Served]:
     """Name it before ``machine``: QEMU must be gone before its server stops."""
-    with ExitStack() as stack:
-        served = Served(Edu(), tmp_path, "edu")
-        stack.callback(served.stop)
+    with Served(Edu(), tmp_path, "edu") as served:
         yield served
 
 
