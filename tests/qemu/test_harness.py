@@ -250,7 +250,8 @@ def test_a_binary_that_is_not_there_is_reported_and_leaks_no_fd(tmp_path: Path) 
 
 
 def test_no_answer_is_a_timeout_that_ends_qemu(qemu: Path) -> None:
-    m = QtestMachine(qemu, timeout=0.2)
+    m = QtestMachine(qemu)
+    m.timeout = 0.2  # from now on: to start may take longer
     os.kill(m.pid, signal.SIGSTOP)
     with pytest.raises(QemuTimeoutError, match=r"(?s)qtest readl .*not within 0\.2 s .*QEMU: killed"):
         m.readl(RAM)
