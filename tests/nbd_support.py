@@ -82,23 +82,28 @@ class NbdServer:
 
     def start(self) -> None:
         self.path.unlink(missing_ok=True)
+        before = self._listening()
         self.process = subprocess.Popen(self._command)
         deadline = time.monotonic() + TIMEOUT
-        while not self._listens():
+        while self._listening() == before:
             assert self.process.poll() is None, "the server ended"
             assert time.monotonic() < deadline, "the server does not listen"
             time.sleep(0.01)
 
-    def _listens(self) -> bool:
-        """Whether connections are taken: looked up, for one that is made would count."""
+    def _listening(self) -> int:
+        """How many servers take, or took, connections at the path: looked up, for one that is made would count."""
         listening = " ".join(("00010000", "0001", "01"))  # flags __SO_ACCEPTCON, SOCK_STREAM, unconnected
         lines = Path("/proc/net/unix").read_text().splitlines()
-        return any(listening in line and line.endswith(str(self.path)) for line in lines)
+        return sum(listening in line and line.endswith(str(self.path)) for line in lines)
 
     def end(self) -> None:
         """At once, as in a power cut."""
         self.process.kill()
         self.process.wait(TIMEOUT)
+
+    def stand_in(self) -> NbdServer:
+        """Another such server, at the path of this one, which is not ended."""
+        return NbdServer(self._command, self.path)
 
     def stop_answering(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
@@ -126,6 +131,12 @@ class Servers:
         path = self._path()
         lasting = ["--persistent"] if persistent else []
         return self._started([program("qemu-nbd"), *lasting, "-k", path, *options, image], path)
+
+    def stand_in(self, server: NbdServer) -> NbdServer:
+        """Another one, that has the address of ``server`` now: who has connections to that does not notice."""
+        other = server.stand_in()
+        self._stack.callback(other.end)
+        return other
 
     def _path(self) -> Path:
         return self._folder / f"{len(os.listdir(self._folder))}.sock"

@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -198,7 +199,7 @@ class TestSeveralAtOnce:
     def test_a_server_that_takes_fewer_than_it_promised(self, servers: Servers) -> None:
         server = servers.nbdkit("memory", str(SIZE), "limit=1", filters=("limit",))
         with acquired(server) as storage, ThreadPoolExecutor(2) as threads:
-            with storage._connections.one(time.monotonic() + TIMEOUT):
+            with lent(storage):
                 reading = [threads.submit(read, storage, 0, SECTOR) for _ in range(2)]
                 wait_until(lambda: storage._connections._most == 1)
             assert [one.result(TIMEOUT) for one in reading] == [bytes(SECTOR)] * 2
@@ -431,7 +432,7 @@ class TestGone:
             real(connection, deadline, offset, view)
             if left:
                 left -= 1
-                storage._lose(connection, errno.ECONNRESET)
+                storage._connections.distrust(connection, errno.ECONNRESET)
 
         monkeypatch.setattr(Connection, "write", write_and_lose)
         monkeypatch.setattr(nbd, "CHANGES", {write_and_lose})
@@ -447,10 +448,10 @@ class TestGone:
     def test_written_by_another_thread_on_another_connection(self, servers: Servers) -> None:
         """The loss of one connection is the loss of what was written on any."""
         with acquired(servers.nbdkit("memory", str(SIZE))) as storage:
-            with storage._connections.one(time.monotonic() + TIMEOUT) as lent:
+            with lent(storage) as connection:
                 write(storage, 0, data(SECTOR))
-                storage._lose(lent, errno.ECONNRESET)
-                storage._lose(lent, errno.EPIPE)  # no news
+                storage._connections.distrust(connection, errno.ECONNRESET)
+                storage._connections.distrust(connection, errno.EPIPE)  # no news
             with fails(errno.ECONNRESET, "may be lost"):
                 storage.flush()
 
@@ -512,6 +513,161 @@ class TestGone:
             with fails(errno.EBADF):
                 read(storage, 0, SECTOR)
         assert open_files() == before
+
+
+class TestAnotherAtItsAddress:
+    """A server falls silent, as when its host has died, and another takes its address."""
+
+    def test_what_the_first_had_is_not_flushed_by_the_other(self, servers: Servers) -> None:
+        first = servers.nbdkit("memory", str(SIZE))
+        with acquired(first) as storage, ThreadPoolExecutor(2) as threads:
+            write(storage, 0, data(SECTOR))
+            first.stop_answering()
+            servers.stand_in(first)
+            reading = threads.submit(read, storage, 0, SECTOR)
+            wait_until(lambda: not storage._connections._idle)
+            write(storage, MIB, data(SECTOR))  # on a connection to the other
+            flushing = threads.submit(storage.flush)
+            wait_until(lambda: flushing.done() or a_flush_waits(storage))
+            first.end()
+            with fails(errno.ENOTCONN, "lost"):
+                flushing.result(TIMEOUT)
+            assert reading.result(TIMEOUT) == bytes(SECTOR)
+            with pytest.raises(OSError, match="may be lost"):
+                storage.flush()
+            storage.acquire()
+            write(storage, 0, data(SECTOR))
+            storage.flush()
+            assert read(storage, 0, SECTOR) == data(SECTOR)
+
+    def test_the_first_times_out(self, servers: Servers) -> None:
+        first = servers.nbdkit("memory", str(SIZE))
+        with acquired(first) as storage:
+            write(storage, 0, data(SECTOR))
+            first.stop_answering()
+            servers.stand_in(first)
+            storage._timeout = 0.2
+            with fails(errno.ETIMEDOUT):
+                storage.flush()
+            with fails(errno.ETIMEDOUT, "may be lost"):
+                storage.flush()
+
+    def test_what_was_written_to_the_other_only_is_flushed(self, servers: Servers) -> None:
+        """It waits for nothing of the first, which had all made durable; nor is it an error that that is gone."""
+        first = servers.nbdkit("memory", str(SIZE))
+        with acquired(first) as storage, ThreadPoolExecutor(1) as threads:
+            write(storage, 0, data(SECTOR))
+            storage.flush()
+            first.stop_answering()
+            servers.stand_in(first)
+            reading = threads.submit(read, storage, 0, SECTOR)
+            wait_until(lambda: not storage._connections._idle)
+            write(storage, 0, data(SECTOR))
+            storage.flush()
+            assert not reading.done()
+            first.end()
+            assert reading.result(TIMEOUT) == data(SECTOR)
+            storage.flush()
+
+    def test_a_flush_has_the_connection_that_was_written_through(
+        self, servers: Servers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It waits for it, and is the next to have it."""
+        flushes = Held(monkeypatch, "flush")
+        with acquired(servers.nbdkit("memory", str(SIZE))) as storage, ThreadPoolExecutor(1) as threads:
+            write(storage, 0, data(SECTOR))
+            with lent(storage) as written_through:
+                flushing = threads.submit(storage.flush)
+                wait_until(lambda: a_flush_waits(storage))
+            with lent(storage) as another:
+                assert another is not written_through
+                flushes.go_on.set()
+                flushing.result(TIMEOUT)
+            assert flushes.connections == [written_through]
+
+    def test_a_flush_waits_no_longer_than_any_command(self, servers: Servers) -> None:
+        with acquired(servers.nbdkit("memory", str(SIZE))) as storage:
+            write(storage, 0, data(SECTOR))
+            with lent(storage):
+                storage._timeout = 0.2
+                with fails(errno.ETIMEDOUT, "still at what it was asked before"):
+                    storage.flush()
+
+    def test_a_flush_has_any_connection_that_was_there_before_the_write(self, servers: Servers) -> None:
+        with acquired(servers.nbdkit("memory", str(SIZE))) as storage:
+            with lent(storage), lent(storage):
+                pass
+            write(storage, 0, data(SECTOR))
+            with lent(storage):  # the one that came back last: that was written through
+                storage.flush()
+
+    def test_a_flush_has_no_connection_that_was_made_during_the_write(
+        self, servers: Servers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The answer to the write may have been on its way when its server died."""
+        writes, flushes = Held(monkeypatch, "write"), Held(monkeypatch, "flush")
+        monkeypatch.setattr(nbd, "CHANGES", {Connection.write})
+        flushes.go_on.set()
+        with acquired(servers.nbdkit("memory", str(SIZE))) as storage, ThreadPoolExecutor(2) as threads:
+            writing = threads.submit(write, storage, 0, data(SECTOR))
+            wait_until(lambda: bool(writes.connections))
+            read(storage, 0, SECTOR)  # on a further connection
+            writes.go_on.set()
+            writing.result(TIMEOUT)
+            with lent(storage) as written_through:
+                assert [written_through] == writes.connections
+                flushing = threads.submit(storage.flush)
+                wait_until(lambda: flushing.done() or a_flush_waits(storage))
+            flushing.result(TIMEOUT)
+            assert flushes.connections == [written_through]
+
+    def test_what_was_written_during_a_flush_waits_for_the_next(
+        self, servers: Servers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flushes = Held(monkeypatch, "flush")
+        with acquired(servers.nbdkit("memory", str(SIZE))) as storage, ThreadPoolExecutor(1) as threads:
+            write(storage, 0, data(SECTOR))
+            flushing = threads.submit(storage.flush)
+            wait_until(lambda: bool(flushes.connections))
+            write(storage, 0, data(SECTOR))
+            flushes.go_on.set()
+            flushing.result(TIMEOUT)
+            for _ in range(2):
+                storage.flush()
+                assert len(flushes.connections) == 2
+
+    def test_a_connection_is_dead_and_nobody_has_said_so(self, servers: Servers) -> None:
+        """Whoever had it was interrupted."""
+        with acquired(servers.nbdkit("memory", str(SIZE))) as storage:
+            write(storage, 0, data(SECTOR))
+            with lent(storage) as connection:
+                connection.close()
+            with fails(errno.ENOTCONN, "may be lost"):
+                storage.flush()
+
+
+class Held:
+    """A command that does nothing before it may :attr:`go_on`; and the connections where it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.go_on = threading.Event()
+        self.connections: list[Connection] = []
+        real = getattr(Connection, name)
+
+        def command(connection: Connection, *arguments: object) -> None:
+            self.connections.append(connection)
+            assert self.go_on.wait(TIMEOUT)
+            real(connection, *arguments)
+
+        monkeypatch.setattr(Connection, name, command)
+
+
+def lent(storage: NbdStorage) -> contextlib.AbstractContextManager[Connection]:
+    return storage._connections.one(time.monotonic() + TIMEOUT)
+
+
+def a_flush_waits(storage: NbdStorage) -> bool:
+    return storage._connections._kept > 0
 
 
 def test_served_by_the_command(servers: Servers, tmp_path: Path) -> None:

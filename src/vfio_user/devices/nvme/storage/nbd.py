@@ -49,8 +49,6 @@ class NbdStorage:
         self._connections = Connections(uri, self._reconnect, first)
         self._acquired = False
         self._flushing = threading.Lock()
-        self._unflushed = False  # whether something was written since the last flush began
-        self._lost = 0  # the errno of what may have lost some of that
         try:
             self._check_size(size)
         except ValueError:
@@ -78,9 +76,8 @@ class NbdStorage:
                     pass
                 if not (self._export.can_flush or self.read_only):
                     logger.warning("%s: its server cannot flush: how durable it is, is the server's affair", self.name)
-            # What a flush that failed was to make durable is there still, perhaps; it is not durable.
-            self._unflushed = self._unflushed or bool(self._lost)
-            self._acquired, self._lost = True, 0
+            # What a flush that failed was to make durable is there still, perhaps; it waits for the next.
+            self._acquired, self._connections.lost = True, 0
 
     def release(self) -> None:
         if self._acquired:
@@ -111,13 +108,13 @@ class NbdStorage:
         # One at a time: what fails for one must not look like a success to another.
         with self._flushing:
             self._check_lost()
-            if self._unflushed and self._export.can_flush:
-                self._unflushed = False
+            if self._connections.unflushed and self._export.can_flush:
                 try:
                     self._do(Connection.flush)
                 except OSError as error:
-                    self._lost = error.errno or errno.EIO
+                    self._connections.lost = error.errno or errno.EIO
                     raise
+                self._connections.flushed()
                 self._check_lost()  # it may have been a new connection's, after the one that had the writes was lost
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
@@ -162,36 +159,32 @@ class NbdStorage:
     ) -> None:
         """Do it on a connection; if that was lost, once more on another: a server that was restarted is no error."""
         deadline = self._deadline()
+        lend = self._connections.one_to_flush if command is Connection.flush else self._connections.one
         for last in (False, True):
-            with self._connections.one(deadline) as connection:
+            with lend(deadline) as connection:
+                begun = time.monotonic()
                 try:
                     command(connection, deadline, *args, **kwargs)
                 except OSError as error:
                     if connection.alive:  # the server said so
                         raise
-                    self._lose(connection, error.errno or errno.ENOTCONN)
+                    # Its server may be, too, with what that had not made durable.
+                    self._connections.distrust(connection, error.errno or errno.ENOTCONN)
                     if last or isinstance(error, TimeoutError):
                         raise
                 else:
-                    if command in CHANGES:
-                        self._unflushed = True
-                    # Asked afterwards: whoever finds from now on that the server is gone, finds that this is unflushed.
-                    if self._connections.trusts(connection):
+                    if self._connections.believe(connection, begun if command in CHANGES else None):
                         return
         raise OSError(errno.ENOTCONN, "the connection was lost", self.name)
-
-    def _lose(self, connection: Connection, number: int) -> None:
-        """A connection is dead: its server may be, with what that had not made durable."""
-        if self._connections.distrust(connection) and (self._unflushed or self._flushing.locked()):
-            self._lost = self._lost or number
 
     def _check_writable(self) -> None:
         if self.read_only:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), self.name)
 
     def _check_lost(self) -> None:
-        if self._lost:
-            raise OSError(self._lost, "what was written may be lost: a flush failed, or the connection", self.name)
+        lost = self._connections.lost
+        if lost:
+            raise OSError(lost, "what was written may be lost: a flush failed, or the connection", self.name)
 
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout
