@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from vfio_user.devices.nvme import Nvme
@@ -17,6 +18,14 @@ from vfio_user.wire.constants import PciIrq, PciRegion
 TIMEOUT = 10.0
 BLOCK = 512
 PCI_COMMAND, NO_BUS_MASTER, BUS_MASTER = 4, 2, 6
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what another thread brings about."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 class GatedStorage(MemoryStorage):

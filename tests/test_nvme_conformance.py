@@ -221,6 +221,18 @@ class TestQueues:
         for number, queue in enumerate(reversed(driver.queues)):
             assert driver.read(1, number, 1, queue) == bytes([number]) * BLOCK
 
+    @pytest.mark.parametrize("number", [0, 65, 0xFFFF])
+    def test_completions_that_go_nowhere(self, peer: Peer, number: int) -> None:
+        """5.4, CQID: the admin queue's, and what is out of range."""
+        driver = peer.driver
+        driver.disable()
+        driver.enable()
+        driver.request_queues(64)
+        page = driver.pages.allocate()
+        create = Command(AdminOpcode.CREATE_IO_SQ, cdw10=15 << 16 | 1, cdw11=number << 16 | 1, pointer=prps(page))
+        known = "COMPLETION_QUEUE_INVALID" if "completions nowhere" in peer.known_gaps else "INVALID_QUEUE_IDENTIFIER"
+        assert refused(lambda: driver.admin(create)) == known
+
     @pytest.mark.parametrize("depth", [2, 3, 64, 65, 200])
     def test_queues_go_round(self, peer: Peer, depth: int) -> None:
         """4.1: wrapping, with the phase tag inverted each time."""

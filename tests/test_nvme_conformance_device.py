@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +27,8 @@ from vfio_user.devices.nvme.constants import (
     LogPage,
     Register,
 )
-from vfio_user.testing.nvme import Command, NvmeError
+from vfio_user.devices.nvme.storage.base import Views
+from vfio_user.testing.nvme import Command, NvmeError, io
 from vfio_user.wire.constants import PciIrq, PciRegion
 
 from .nvme_gate_support import Desk, GatedStorage, gated
@@ -382,6 +385,129 @@ def test_a_write_cache_that_is_switched_off_is_empty() -> None:
         assert not storage.dirty
         desk.driver.set_feature(Feature.VOLATILE_WRITE_CACHE, 1)
         assert storage.calls == ["write", "flush"]
+
+
+class LateWrites(GatedStorage):
+    """Whose writes are done when the gate opens, and nothing else waits for that."""
+
+    def flush(self) -> None:
+        self.calls.append("flush")
+        self.dirty = False
+
+
+def test_a_write_that_ends_when_the_cache_is_off_is_durable() -> None:
+    storage = LateWrites(shut=True)
+    with gated(storage) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
+        ticket = desk.driver.create_queue_pair().submit(io(IoOpcode.WRITE, 1, 0, 1, buffer))
+        storage.wait_for(1)
+        desk.driver.set_feature(Feature.VOLATILE_WRITE_CACHE, 0)
+        storage.gate.set()
+        assert desk.driver.complete(ticket).status == "SUCCESS"
+        assert not storage.dirty
+
+
+def test_error_recovery_is_of_each_namespace() -> None:
+    """5.21.1.5."""
+    with gated(GatedStorage(), GatedStorage()) as desk:
+        feature, driver = Feature.ERROR_RECOVERY, desk.driver
+        driver.set_feature(feature, 7, 1)
+        assert [driver.get_feature(feature, number) for number in (1, 2)] == [7, 0]
+        driver.set_feature(feature, 9, ALL_NAMESPACES)
+        assert [driver.get_feature(feature, number) for number in (1, 2)] == [9, 9]
+        assert [driver.get_feature(feature, number, select=1) for number in (1, 2)] == [0, 0]
+        for number, status in ((0, "INVALID_NAMESPACE_OR_FORMAT"), (3, "INVALID_FIELD"), (999, "INVALID_NAMESPACE_OR")):
+            with pytest.raises(NvmeError, match=status):
+                driver.set_feature(feature, 1, number)
+            with pytest.raises(NvmeError, match=status):
+                driver.get_feature(feature, number)
+        with pytest.raises(NvmeError, match="INVALID_FIELD"):
+            driver.set_feature(feature, 1 << 16, 1)  # DULBE, which no namespace says that it has
+        desk.in_device(lambda: desk.device.remove_namespace(2))
+        desk.in_device(lambda: desk.device.add_namespace(GatedStorage()))
+        assert driver.get_feature(feature, 2) == 0
+
+
+def test_vectors_that_there_are_not(desk: Desk) -> None:
+    """5.21.1.9."""
+    last = desk.device.interrupt_vectors - 1
+    assert desk.driver.get_feature(Feature.INTERRUPT_VECTOR_CONFIGURATION, cdw11=last) == last
+    with pytest.raises(NvmeError, match="INVALID_FIELD"):
+        desk.driver.get_feature(Feature.INTERRUPT_VECTOR_CONFIGURATION, cdw11=last + 1)
+
+
+def test_formats_that_do_not_fit_are_not_offered() -> None:
+    """5.15.2.1, LBADS: 0 for one that is not there now."""
+    with gated(GatedStorage(size=3 * BLOCK)) as desk:
+        formats = desk.driver.identify_namespace(1).formats
+        assert formats == [(BLOCK, 0), (0, 0)]
+        with pytest.raises(NvmeError, match="INVALID_FORMAT"):
+            desk.driver.format(1, 1)
+
+
+def test_where_the_admin_queues_are_outlives_a_controller_reset_only(desk: Desk) -> None:
+    """7.3.1, 7.3.2."""
+    queues = (Register.AQA, Register.ASQ, Register.ACQ)
+    before = [desk.guest.read32(register) for register in queues]
+    assert any(before)
+    desk.driver.disable()
+    assert [desk.guest.read32(register) for register in queues] == before
+    desk.driver.enable()
+    desk.driver.reset_subsystem()
+    assert not any(desk.guest.read32(register) for register in queues)
+
+
+# What changed, and who was told of it
+
+
+def add_namespaces(desk: Desk, count: int) -> None:
+    for _ in range(count):
+        desk.in_device(lambda: desk.device.add_namespace("memory:", size=1 << 16))
+
+
+def test_changes_that_are_read_in_pieces(desk: Desk) -> None:
+    """5.14.1.4: who has read a part of the list is told of the rest still."""
+    add_namespaces(desk, 4)
+    page, driver = LogPage.CHANGED_NAMESPACES, desk.driver
+    assert struct.unpack("<2I", driver.log_page(page, 8, retain=True)) == (2, 3)
+    assert struct.unpack("<2I", driver.log_page(page, 8, offset=8, retain=True)) == (4, 5)
+    assert struct.unpack("<2I", driver.log_page(page, 8)) == (2, 3)
+    assert driver.changed_namespaces() == [4, 5]
+    assert driver.changed_namespaces() == []
+
+
+def test_an_event_that_the_host_knows_of_is_not_told(desk: Desk) -> None:
+    """5.2: it has read the page before it asked for events."""
+    driver = desk.driver
+    driver.set_feature(Feature.ASYNC_EVENT_CONFIGURATION, 1 << 8)
+    add_namespaces(desk, 1)
+    assert driver.changed_namespaces() == [2]
+    waiting = driver.async_event()
+    driver.get_feature(Feature.ARBITRATION)
+    assert not waiting.done
+    add_namespaces(desk, 1)
+    driver.event(waiting)
+    assert driver.changed_namespaces() == [3]
+
+
+# Two fused commands
+
+
+class FullStorage(GatedStorage):
+    """Which can be read, and has no room."""
+
+    def write(self, offset: int, views: Views) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+
+def test_a_pair_whose_second_fails() -> None:
+    """4.6.1.2.1: the first one is aborted due to that, and is not what failed."""
+    with gated(FullStorage()) as desk:
+        desk.driver.create_queue_pair()
+        ends = desk.driver.compare_and_write(1, 0, bytes(BLOCK), b"1" * BLOCK)
+        assert [(one.status, one.do_not_retry) for one in ends] == [
+            ("ABORTED_FAILED_FUSED", False),
+            ("CAPACITY_EXCEEDED", False),
+        ]
 
 
 # Doorbells, messages

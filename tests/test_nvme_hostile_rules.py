@@ -87,7 +87,10 @@ class Queues:
 
     def create_submissions(self, number: int, size: int, completions: int, offset: int) -> set[Status]:
         faults = self._faults_of_new(number, size, offset, number in self.submissions)
-        faults |= {Status.COMPLETION_QUEUE_INVALID} if completions not in self.completions else set()
+        if not 0 < completions <= GRANTED:
+            faults |= {Status.INVALID_QUEUE_IDENTIFIER}
+        elif completions not in self.completions:
+            faults |= {Status.COMPLETION_QUEUE_INVALID}
         if not faults:
             self.submissions[number] = completions
         return faults

@@ -11,7 +11,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import example, given, settings
@@ -42,7 +42,6 @@ from .nvme_gate_support import (
     BUS_MASTER,
     NO_BUS_MASTER,
     PCI_COMMAND,
-    TIMEOUT,
     Desk,
     DirectRegisters,
     GatedStorage,
@@ -50,6 +49,7 @@ from .nvme_gate_support import (
     controller_of,
     gated,
     settle,
+    until,
 )
 
 pytestmark = pytest.mark.timeout(60)
@@ -57,14 +57,6 @@ pytestmark = pytest.mark.timeout(60)
 SOON = 0.2
 """Seconds that the storage may take where the bus master bit waits for it."""
 FLUSH = Command(IoOpcode.FLUSH, 1)
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for what another thread brings about."""
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def read_of(buffer: Buffer) -> Command:
@@ -338,6 +330,45 @@ def more_memory(guest: FakeGuest) -> Iterator[None]:
         os.ftruncate(file.fileno(), PAGE)
         guest.client.dma_map(MORE, PAGE, file.fileno())
         yield
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["before the reset", "after it"])
+def test_a_reset_writes_nothing_either(impatient: None, ended: bool) -> None:
+    """Of a read whose data goes by messages: the host may have booted another kernel there."""
+    storage = GatedStorage(shut=True)
+    with by_messages(storage) as (device, guest, queue, buffer):
+        queue.submit(read_of(buffer))
+        storage.wait_for(1)
+        set_bus_master(device, False)
+        if ended:
+            storage.gate.set()
+            until(lambda: all_ended(device))
+            device.executor.land()
+        guest.memory[:] = b"\xa5" * len(guest.memory)
+        DirectRegisters(device).write32(Register.CC, 0)
+        storage.gate.set()
+        settle(device)
+        assert guest.memory == b"\xa5" * len(guest.memory)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["mapped", "by messages"])
+def test_who_asks_how_much_there_is_to_move_moves_nothing(impatient: None, shared: bool) -> None:
+    """MIG_DATA_SIZE of a device that runs: what is under way goes on, what must not be completed is not."""
+    storage = GatedStorage(shut=True)
+    with gated(storage, shared=shared) as desk, desk.driver.buffers.prp(BLOCK) as buffer:
+        ticket = desk.driver.create_queue_pair().submit(read_of(buffer))
+        until(lambda: (desk.driver.status, storage.calls)[1])
+        client = desk.guest.client
+        client.migration_set_state(DeviceState.PRE_COPY)
+        assert client.migration_data_size() > 0
+        assert desk.device.executor.workers.undone() == 1
+        desk.bus_master(False)
+        storage.gate.set()
+        until(lambda: all_ended(desk.device))
+        assert client.migration_data_size() > 0
+        assert not done(desk, ticket)
+        desk.bus_master(True)
+        assert desk.driver.complete(ticket).status == "SUCCESS"
 
 
 class Movable:

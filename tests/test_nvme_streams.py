@@ -281,6 +281,14 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda f: f["features"].append({"feature": int(Feature.VOLATILE_WRITE_CACHE), "selector": 0, "value": 2}),
         "feature",
     ),
+    "more queues granted than there are": (
+        lambda f: f["features"].append({"feature": int(Feature.NUMBER_OF_QUEUES), "selector": 0, "value": 0xFFFE_0000}),
+        "feature",
+    ),
+    "a feature of no namespace": (
+        lambda f: f["features"].append({"feature": int(Feature.ERROR_RECOVERY), "selector": 0, "value": 1}),
+        "feature",
+    ),
 }
 """Changes to the stream of a controller that is enabled, with I/O queue 1."""
 
@@ -345,6 +353,27 @@ def test_requests_without_an_admin_queue_are_refused() -> None:
             restore(device, fields | {"requests": [1], "pending": [0]}, [])
         with pytest.raises(ValueError, match="enabled"):
             restore(device, fields | {"enabled": True}, [])
+
+
+def test_a_memory_that_comes_while_a_stream_is_sent_is_whole_at_the_other_side() -> None:
+    """Also what nobody has written there yet: at the other side something may be left of an earlier guest."""
+    old = GatedStorage()
+    MemoryStorage.write(old, 0, [memoryview(b"O" * BLOCK)])
+    with gated(GatedStorage(), serial="same") as here, gated(GatedStorage(), old, serial="same") as there:
+        source, destination = here.guest.client, there.guest.client
+        source.migration_set_state(DeviceState.PRE_COPY)
+        stream = [source.migration_read_data(1 << 20)]
+        here.in_device(lambda: here.device.add_namespace(GatedStorage()))
+        source.migration_set_state(DeviceState.STOP_COPY)
+        while stream[-1]:
+            stream.append(source.migration_read_data(1 << 20))
+        destination.migration_set_state(DeviceState.RESUMING)
+        for part in stream[:-1]:
+            destination.migration_write_data(part)
+        destination.migration_set_state(DeviceState.STOP)
+        seen = bytearray(BLOCK)
+        MemoryStorage.read(old, 0, [memoryview(seen)])
+        assert seen == bytes(BLOCK)
 
 
 def test_a_stream_that_is_refused_has_changed_no_namespace() -> None:

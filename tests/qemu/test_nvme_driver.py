@@ -50,6 +50,7 @@ GAPS = frozenset(
         "chains of SGL segments",
         "discard outside",
         "do not retry",
+        "completions nowhere",
         "error log",
         "events before requests",
         "ARBITRATION",

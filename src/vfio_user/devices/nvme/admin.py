@@ -124,8 +124,9 @@ class AdminCommands:
     def _create_submissions(self, queue: SubmissionQueue, command: Command) -> int:
         queues = self._executor.submissions
         number = self._new_number(command, queues, self._granted[0])
+        check(0 < command.cdw11 >> 16 <= self._granted[1], Status.INVALID_QUEUE_IDENTIFIER)
         completions = self._executor.completions.get(command.cdw11 >> 16)
-        if completions is None or not completions.number:
+        if completions is None:
             raise CommandError(Status.COMPLETION_QUEUE_INVALID)
         ring = self._ring(command, SQE_SIZE, _SQ_SIZE_FIELD)
         queues[number] = SubmissionQueue(number, ring, completions, command.cdw11 >> 1 & 3)
@@ -186,9 +187,9 @@ class AdminCommands:
         check(offset <= len(content))
         content = content[offset : offset + min(length, identify.MAX_DATA)]
         self._data(command, len(content)).write(content)
-        if page is LogPage.CHANGED_NAMESPACES:
-            self._controller.logs.changed.clear()  # those since the last time that it was read, in whatever way
         if not command.cdw10 & RETAIN_EVENT:
+            if page is LogPage.CHANGED_NAMESPACES:
+                self._controller.logs.told(content)
             self._controller.events.page_read(page)
         return 0
 
@@ -201,7 +202,10 @@ class AdminCommands:
             value = self._controller.features.timestamp.value if select == CURRENT else 0
             self._data(command, _TIMESTAMP_SIZE).write(value.to_bytes(_TIMESTAMP_SIZE, "little"))
             return 0
-        return self._controller.features.select(feature, select, command.cdw11)
+        if feature is Feature.INTERRUPT_VECTOR_CONFIGURATION:
+            check(command.cdw11 & 0xFFFF < self._controller.interrupt_vectors)
+        number = self._namespace(command).number if RULES[feature].per_namespace else 0
+        return self._controller.features.select(feature, select, command.cdw11, number)
 
     def _set_features(self, queue: SubmissionQueue, command: Command) -> int | Later:
         feature = known_feature(command.cdw10 & 0xFF)
@@ -220,7 +224,10 @@ class AdminCommands:
             return granted
         if feature is Feature.INTERRUPT_VECTOR_CONFIGURATION:
             check(command.cdw11 & 0xFFFF < controller.interrupt_vectors)
-        features.set(feature, command.cdw11)
+        everywhere = RULES[feature].per_namespace and command.nsid == ALL_NAMESPACES
+        one = self._namespace(command).number if RULES[feature].per_namespace and not everywhere else 0
+        for number in controller.namespaces if everywhere else [one]:
+            features.set(feature, command.cdw11, number)
         if feature is Feature.VOLATILE_WRITE_CACHE and not features.get(feature):
             return self._executor.later(queue, command, controller.namespaces.flush)
         if feature is Feature.TEMPERATURE_THRESHOLD and features.too_warm:
@@ -269,8 +276,7 @@ class AdminCommands:
             if namespace.formatting:
                 raise CommandError(Status.FORMAT_IN_PROGRESS, retry=True)
             check(not namespace.storage.read_only, Status.NAMESPACE_WRITE_PROTECTED)
-            size, least = namespace.storage.size, namespace.storage.block_size
-            check(not size % BLOCK_SIZES[number] and not BLOCK_SIZES[number] % least, Status.INVALID_FORMAT)
+            check(namespace.fits(BLOCK_SIZES[number]), Status.INVALID_FORMAT)
         for namespace in targets:
             namespace.formatting = True
 

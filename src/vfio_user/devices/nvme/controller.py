@@ -32,9 +32,9 @@ from vfio_user.devices.nvme.io import IoCommands
 from vfio_user.devices.nvme.keep_alive import KeepAlive
 from vfio_user.devices.nvme.logs import Logs
 from vfio_user.devices.nvme.metering import Meter
-from vfio_user.devices.nvme.namespaces import Namespace, Namespaces
+from vfio_user.devices.nvme.namespaces import Namespace, Namespaces, check_size
 from vfio_user.devices.nvme.parts import MemoryParts
-from vfio_user.devices.nvme.paths import MEMORY, is_there, open_path, serial_of
+from vfio_user.devices.nvme.paths import MEMORY, check_distinct, is_there, open_path, serial_of
 from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
 from vfio_user.devices.nvme.saving import restore, saved
 from vfio_user.devices.nvme.standstill import Halt, Standstill
@@ -116,10 +116,12 @@ class Nvme(Device):
         if self.threads < 1:
             raise ValueError(f"threads={self.threads}: at least one is needed")
         for name, most in (("serial", SERIAL_LENGTH), ("model", MODEL_LENGTH)):
-            if len(getattr(self, name)) > most:
-                raise ValueError(f"{name} of more than {most} characters")
+            if len(getattr(self, name)) > most or not getattr(self, name).isascii():
+                raise ValueError(f"{name}={getattr(self, name)}: at most {most} characters of ASCII are possible")
+        check_size(self.size, self.block_size)
+        check_distinct(self._paths)
         self.msix_vectors = self.queues + 1
-        serial = self.serial or serial_of(self.path)
+        serial = self.serial or serial_of(self._paths)
         self.identity = ControllerIdentity(self.vendor_id, self.vendor_id, serial, self.model)
 
     def __init__(self, **options: object) -> None:
@@ -144,13 +146,18 @@ class Nvme(Device):
         """Which attempt to enable the controller is under way."""
         self._follow_bus_master()
         try:
-            for number, path in enumerate(filter(None, [self.path, *self.more.split(",")])):
+            for number, path in enumerate(self._paths):
                 # Of the others, those that are there have sizes of their own.
                 self.add_namespace(path, size=self.size if number == 0 or not is_there(path) else 0)
             self.logs.changed.clear()  # to a host that comes they have always been there
         except BaseException:
             self.close()
             raise
+
+    @property
+    def _paths(self) -> list[str]:
+        """Of the storages, by NSID from 1 on."""
+        return [path for path in (self.path, *self.more.split(",")) if path]
 
     def close(self) -> None:
         """Give back storages and threads. Storages that do not end what they are at stay open: with its descriptor
@@ -192,10 +199,12 @@ class Nvme(Device):
         """
         if number not in self.namespaces:
             raise KeyError(number)
-        self.quiesce()
+        self.executor.look_away()
+        self._standstill.quiesce(moving=False)
         try:
             self.namespaces.remove(number)
         finally:
+            self.features.forget(number)
             self._changed(number)
 
     def _changed(self, number: int) -> None:
@@ -234,7 +243,7 @@ class Nvme(Device):
     @nssr.on_write
     def _reset_subsystem(self, old: int, new: int) -> None:
         if new == NSSR_RESET:
-            self.cc = 0
+            self.cc = self.aqa = self.asq = self.acq = 0  # of which a controller reset keeps all but CC (7.3.2)
             self._disable(ControllerStatus.NSSRO)
 
     # Doorbells, and what they lead to
@@ -489,11 +498,11 @@ class Nvme(Device):
         runs, ran = state in RUNNING_STATES, self._runs
         self._standstill.halt(Halt.MIGRATION)  # that nothing begins in between
         try:
-            if ran and not runs:
+            if not runs and (ran or state is DeviceState.STOP_COPY):  # a reset may have come since it was stopped
                 self._standstill.end_all()
-                if self.executor.enabled:
-                    self._flush()
-            elif runs and not ran:
+            if ran and not runs and self.executor.enabled:
+                self._flush()
+            if runs and not ran:
                 self.namespaces.acquire()
             super().migration_set_state(state)
         finally:
@@ -544,7 +553,6 @@ class Nvme(Device):
         return self.parts.left()
 
     def save(self) -> dict[str, object]:
-        self._standstill.end_all()  # a reset that came since it was stopped, say
         return saved(self)
 
     def load(self, saved: dict[str, object], pre_copy: Sequence[bytes]) -> None:

@@ -61,10 +61,15 @@ class AsyncEvents:
             self.masked.add(kind)
 
     def page_read(self, page: LogPage) -> None:
-        """The host read a log page, and with that knows what it was told."""
-        if page in LOG_PAGES:
-            self.masked.discard(LOG_PAGES.index(page))
+        """The host read a log page: with that it knows what it was told, or was to be told when it asked (5.2)."""
+        if page not in LOG_PAGES:
+            return
+        kind = LOG_PAGES.index(page)
+        if kind in self.masked:
+            self.masked.remove(kind)
             self.deliver()
+        else:
+            self.pending = deque(event for event in self.pending if event & 7 != kind)
 
     def reset(self) -> None:
         self.requests.clear()

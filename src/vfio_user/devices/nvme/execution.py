@@ -26,6 +26,8 @@ MAX_SECONDS = 0.01
 """Before the client is served again: one with many queues, or with shadow doorbells, may never have nothing for us."""
 MAX_JOBS = 256
 """Commands that workers have, or will have: further ones wait in their queues."""
+MAX_PATIENCE = 2.0
+"""Seconds that all wait for commands before those that no worker has begun are interrupted."""
 
 
 class Later(Enum):
@@ -37,10 +39,9 @@ class Later(Enum):
 LATER: Final = Later.LATER
 Handler = Callable[[SubmissionQueue, Command], int | Later]
 """Carries a command out: the result, dword 0 of the completion. Raises CommandError, or what the storage raises."""
-Statuses = tuple[int, int]
-FusedHandler = Callable[[Command, Command], Callable[[], Statuses] | None]
-"""What a worker is to do for two fused commands, which gives the status of each; None: they must wait for others."""
-
+Problems = tuple[BaseException | None, BaseException | None]
+FusedHandler = Callable[[Command, Command], Callable[[], Problems] | None]
+"""What a worker is to do for two fused commands, which gives what each fails with; None: they must wait for others."""
 
 TogetherHandler = Callable[[Sequence[Entry], Container[int]], tuple[int, int]]
 """Carries out commands that wait one behind the other, at one go. It is given them, and the identifiers of those that
@@ -92,6 +93,7 @@ class Executor:
         self.leaving: set[SubmissionQueue] = set()
         """Queues that are being deleted, and whose last commands are under way."""
         self._alone = False  # two fused commands are under way, and no others may be
+        self._before: SubmissionQueue | None = None  # whose fused commands wait: no others overtake them
         self.submissions: dict[int, SubmissionQueue] = {}
         self.completions: dict[int, CompletionQueue] = {}
         self.doorbells: DoorbellBuffers | None = None
@@ -106,6 +108,8 @@ class Executor:
         """Whether :meth:`look` is called again and again before anyone sleeps."""
         self.held = False
         """Whether nothing new is to be begun all the same: a migration has the device stand still."""
+        self.hurried = False
+        """Whether all wait for what is under way: long work that can be interrupted is."""
         self.withheld = False
         """Whether what workers have done is not to be completed either: there is nobody to be told."""
         self._kept: list[Callable[[], None]] = []  # completions, meanwhile
@@ -185,8 +189,9 @@ class Executor:
         if self.doorbells is not None and queue.number:
             self._look_at(queue, self.doorbells)
         room = queue.completions.room
-        if queue.number and self._alone:
+        if queue.number and (self._alone or self._before not in (None, queue)):
             return False
+        self._before = None if self._before is queue else self._before
         if queue.number:  # commands of the host for the controller, ABORT say, do not wait for the storage
             room = min(room, MAX_JOBS - len(self.workers))
         count = min(queue.waiting, room, self.burst)
@@ -257,20 +262,19 @@ class Executor:
                 raise CommandError(Status.COMMAND_ID_CONFLICT)
             work = self._fused(first, second)
         except Exception as error:
-            self._fetched(queue)
-            self._fetched(queue)
-            self._end_both(queue, (first, second), self._both_failed(error, first))
+            self._fetched(queue, FUSED)
+            self._end_both(queue, (first, second), first_failed(error))
             return True
         if work is None:
+            self._before = queue
             return False
-        self._fetched(queue)
-        self._fetched(queue)
+        self._fetched(queue, FUSED)
         self._start_fused(queue, (first, second), work)
         return True
 
-    def _start_fused(self, queue: SubmissionQueue, pair: tuple[Command, Command], work: Callable[[], Statuses]) -> None:
+    def _start_fused(self, queue: SubmissionQueue, pair: tuple[Command, Command], work: Callable[[], Problems]) -> None:
         """Have a worker do ``work`` for two commands while no other one is under way."""
-        found: list[Statuses] = []
+        found: list[Problems] = []
 
         def worked() -> int:
             found.append(work())
@@ -282,19 +286,18 @@ class Executor:
             self._alone = False
             for command in pair:
                 queue.busy.pop(command.cid, None)
-            self._end_both(queue, pair, self._both_failed(error, pair[0]) if error is not None else found[0])
+            self._end_both(queue, pair, found[0] if error is None else first_failed(error))
 
         self._alone = True
         job = self.workers.start(worked, landed)
         queue.busy.update((command.cid, job) for command in pair)
 
-    def _both_failed(self, error: BaseException, first: Command) -> Statuses:
-        """The statuses of two fused commands that could not be carried out."""
-        return self._status_of(error, first), Status.ABORTED_FAILED_FUSED
-
-    def _end_both(self, queue: SubmissionQueue, pair: tuple[Command, Command], statuses: Statuses) -> None:
-        for command, status in zip(pair, statuses, strict=True):
-            self._end(queue, command, status)
+    def _end_both(self, queue: SubmissionQueue, pair: tuple[Command, Command], problems: Problems) -> None:
+        for command, problem in zip(pair, problems, strict=True):
+            if problem is None:
+                self.complete(queue, command.cid, 0)
+            else:
+                self.refuse(queue, command, problem)
 
     # Doorbells
 
@@ -320,12 +323,14 @@ class Executor:
         """The host writes doorbells into memory from now on; those of queues that exist already go on from where they
         are, whatever is in that memory. Raises OSError.
         """
+        admin = self.submissions.get(0)
         doorbells.look_on(0, 0)  # the admin queue's, of which nobody makes use: is there such memory?
         for number, queue in self.submissions.items():
             if number:
                 doorbells.write(tail_of(number), queue.tail)
                 doorbells.write(head_of(queue.completions.number), queue.completions.head)
-        self.doorbells = doorbells
+        if self.submissions.get(0) is admin:  # no reset came meanwhile, where that goes by messages
+            self.doorbells = doorbells
 
     def _look_at(self, queue: SubmissionQueue, doorbells: DoorbellBuffers) -> None:
         """How far the host has come with a queue pair; where there is nothing to do now, it is to ring for more."""
@@ -409,10 +414,16 @@ class Executor:
         work: Work,
         *,
         namespace: Namespace | None = None,
+        moving: bool = False,
         ended: Callable[[], object] | None = None,
         finish: Callable[[], object] | None = None,
+        deliver: Callable[[], object] | None = None,
     ) -> Later:
-        """Have a worker do ``work``, then do ``ended`` here, and ``finish`` if it went well; complete the command."""
+        """Have a worker do ``work``, ``moving`` if it reads or writes the guest's memory, and complete the command.
+
+        Before that, do here: ``ended``, whatever came of it; ``finish`` if it went well; and ``deliver``, which writes
+        to the guest's memory, if the host still waits for it.
+        """
 
         def landed(result: int, error: BaseException | None) -> None:
             if self._keeps(queue, landed, result, error):
@@ -427,6 +438,8 @@ class Executor:
                     raise error
                 if finish is not None:
                     finish()
+                if deliver is not None and queue.alive:
+                    deliver()
             except BaseException as problem:
                 self.refuse(queue, command, problem)
             else:
@@ -434,7 +447,7 @@ class Executor:
 
         if namespace is not None:
             namespace.busy += 1
-        queue.busy[command.cid] = self.workers.start(work, landed)
+        queue.busy[command.cid] = self.workers.start(work, landed, moving=moving)
         return LATER
 
     def _keeps(self, queue: SubmissionQueue, landed: Landed, result: int, error: BaseException | None) -> bool:
@@ -456,10 +469,13 @@ class Executor:
 
     def abort(self, queue: SubmissionQueue, cid: int) -> bool:
         """Abort a command that a worker was to have; False where it is too late for that, or there is none."""
+        return self._call_off(queue, cid, Status.ABORT_REQUESTED)
+
+    def _call_off(self, queue: SubmissionQueue, cid: int, status: Status) -> bool:
         job = queue.busy.get(cid)
         if job is None or not self.workers.cancel(job):
             return False
-        job.landed(0, CommandError(Status.ABORT_REQUESTED, retry=True))
+        job.landed(0, CommandError(status, retry=True))
         return True
 
     def when(self, condition: Callable[[], bool], action: Callable[[], None]) -> None:
@@ -487,8 +503,10 @@ class Executor:
         """Whether nothing is under way: with a worker, or here, where DMA by messages serves the client meanwhile."""
         return not self.workers and not self._working
 
-    def quiesce(self, timeout: float) -> None:
-        """Wait until nothing is under way, and complete that if it may be; begin nothing new.
+    def quiesce(self, timeout: float, *, moving: bool = False) -> None:
+        """Wait until nothing is under way, or, with ``moving``, nothing at the guest's memory; complete that if it may
+        be, and begin nothing new. Commands that would take longer than MAX_PATIENCE are interrupted where they can be:
+        the host sends them again.
 
         Raises OSError(ETIMEDOUT).
         """
@@ -496,11 +514,27 @@ class Executor:
         deadline = time.monotonic() + timeout
         try:
             self.land()
-            while self.workers.left:  # what lands may have begun something else: a shutdown its flush
-                self.workers.wait(max(0.0, deadline - time.monotonic()))
-                self.land()
+            try:
+                self._wait(min(MAX_PATIENCE, timeout), moving)
+            except TimeoutError:
+                self._hurry()
+                self._wait(max(0.0, deadline - time.monotonic()), moving)
         finally:
-            self.held = held
+            self.held, self.hurried = held, False
+
+    def _wait(self, timeout: float, moving: bool) -> None:
+        """Until nothing is left, and what has ended has landed. Raises OSError(ETIMEDOUT)."""
+        deadline = time.monotonic() + timeout
+        while self.workers.undone(moving=True) if moving else self.workers.left:
+            self.workers.wait(max(0.0, deadline - time.monotonic()), moving=moving)
+            self.land()  # what lands may have begun something else: a shutdown its flush
+        self.land()
+
+    def _hurry(self) -> None:
+        self.hurried = True
+        for queue in (*self.submissions.values(), *self.leaving):
+            for cid in list(queue.busy):
+                self._call_off(queue, cid, Status.COMMAND_INTERRUPTED)
 
     def clear(self) -> None:
         """Forget all queues: a reset. What is under way elsewhere ends without a completion."""
@@ -512,6 +546,7 @@ class Executor:
             for cid in list(queue.busy):
                 self.abort(queue, cid)  # what no worker has begun never will be
         self._complete_kept()
+        self._before = None
         self.doorbells = None
         self._told.clear()
         self._when.clear()
@@ -520,6 +555,8 @@ class Executor:
         """Fetch no more from a submission queue, which is ``leaving`` until its last command has ended."""
         queue = self.submissions.pop(number)
         self.leaving.add(queue)
+        if self._before is queue:
+            self._before = None
         return queue
 
     def forget_windows(self) -> None:
@@ -544,6 +581,16 @@ _STATUS_OF_ERRNO = {
 }
 _MEDIA = frozenset({errno.EIO, errno.EILSEQ, errno.EBADMSG})
 """What a disk says of itself; anything else is a storage that is not there, and may be back."""
+
+
+def first_failed(error: BaseException) -> Problems:
+    """What two fused commands fail with if the first one does."""
+    return error, CommandError(Status.ABORTED_FAILED_FUSED, retry=True)
+
+
+def second_failed(error: BaseException) -> Problems:
+    """What they fail with if the second one does: then the first has done nothing either."""
+    return CommandError(Status.ABORTED_FAILED_FUSED, retry=True), error
 
 
 def status_of(error: BaseException, command: Command) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from vfio_user.devices.nvme.command import CommandError, check
 from vfio_user.devices.nvme.constants import Feature, Status
+from vfio_user.devices.nvme.namespaces import MAX_NAMESPACES
 
 MAX_QUEUES = 64
 """I/O queue pairs that there may be: each with a vector of its own, as the admin queues have."""
@@ -42,6 +43,8 @@ class FeatureRule:
 
     def sound(self, selector: int, value: int) -> bool:
         """Whether a host could have set that."""
+        if self.per_namespace:
+            return 0 < selector <= MAX_NAMESPACES and not value & ~self.settable
         return not selector & ~self.selector and not value & ~self.settable and self.allowed(selector | value)
 
     @property
@@ -60,7 +63,8 @@ RULES = {
         defaults={UNDER_THRESHOLD: 0},
         allowed=lambda value: not value & _SENSOR and value & _THRESHOLD in (0, UNDER_THRESHOLD),
     ),
-    Feature.ERROR_RECOVERY: FeatureRule(0, 0xFFFF, per_namespace=True),
+    # There is no error of deallocated blocks (DULBE).
+    Feature.ERROR_RECOVERY: FeatureRule(0, 0xFFFF, per_namespace=True, allowed=lambda value: not value & 1 << 16),
     Feature.VOLATILE_WRITE_CACHE: FeatureRule(1, 1),
     Feature.NUMBER_OF_QUEUES: FeatureRule(0, 0xFFFF_FFFF, allowed=lambda v: v & 0xFFFF != 0xFFFF and v >> 16 != 0xFFFF),
     Feature.INTERRUPT_COALESCING: FeatureRule(0, 0xFFFF),
@@ -72,8 +76,8 @@ RULES = {
 }
 """The value of TIMESTAMP alone is not dword 11."""
 
-MAX_VALUES = len(RULES) + 1 + MAX_QUEUES
-"""That a host can set: one of each feature, but a temperature's on either side, and one for each vector."""
+MAX_VALUES = len(RULES) + 1 + MAX_QUEUES + MAX_NAMESPACES
+"""That a host can set: one of each feature, but a temperature's on either side, one for each vector, or namespace."""
 TEMPERATURE_NOTICES, NAMESPACE_NOTICES = 1 << 1, 1 << 8
 """Of ASYNC_EVENT_CONFIGURATION: tell of a temperature that has passed its threshold, of changed namespaces."""
 
@@ -83,7 +87,7 @@ Effects = Mapping[Feature, Callable[[int], object]]
 
 
 class Features:
-    """The values of the features: ``values`` has those that were set, by feature and selector."""
+    """The values of the features: ``values`` has those that were set, by feature and selector, or NSID."""
 
     def __init__(self, queues: int, effects: Effects) -> None:
         """``queues``: I/O queue pairs that there may be, as long as the host has not asked for a number."""
@@ -102,14 +106,22 @@ class Features:
         rule = RULES[feature]
         return rule.defaults.get(selector, rule.default)
 
-    def set(self, feature: Feature, dword: int) -> None:
-        """Set what dword 11 of the command says. Raises CommandError for a value that it cannot have."""
+    def set(self, feature: Feature, dword: int, number: int = 0) -> None:
+        """Set what dword 11 of the command says, of a namespace if it is one's. Raises CommandError for a value that it
+        cannot have.
+        """
         rule = RULES[feature]
         if rule.every and dword & rule.every == rule.every:
             dword &= ~rule.every
         check(rule.allowed(dword))
-        self.values[feature, dword & rule.selector] = dword & rule.settable
+        self.values[feature, number or dword & rule.selector] = dword & rule.settable
         self.follow(feature)
+
+    def forget(self, number: int) -> None:
+        """A namespace is gone."""
+        for feature, rule in RULES.items():
+            if rule.per_namespace:
+                self.values.pop((feature, number), None)
 
     def load(self, values: dict[tuple[int, int], int], timestamp: int) -> None:
         """Take over what another controller has."""
@@ -122,15 +134,15 @@ class Features:
         if feature in self._effects:
             self._effects[feature](self.get(feature))
 
-    def select(self, feature: Feature, select: int, dword: int) -> int:
-        """What GET FEATURES answers to SEL. Raises CommandError for a reserved one."""
+    def select(self, feature: Feature, select: int, dword: int, number: int = 0) -> int:
+        """What GET FEATURES answers to SEL, of a namespace if it is one's. Raises CommandError for a reserved one."""
         check(select <= CAPABILITIES)
         rule = RULES[feature]
         check(rule.selector != _SENSOR | _THRESHOLD or rule.allowed(dword))
         which = dword & rule.selector
         if select == CAPABILITIES:
             return rule.capabilities
-        return (self.get(feature, which) if select == CURRENT else self._default(feature, which)) | which
+        return (self.get(feature, number or which) if select == CURRENT else self._default(feature, which)) | which
 
     @property
     def too_warm(self) -> bool:

@@ -118,8 +118,13 @@ def namespace(one: Namespace | None) -> bytes:
         (33, "B", DLFEAT_ZEROS | DLFEAT_WRITE_ZEROES),
         (99, "B", one.storage.read_only),
         (104, "16s", one.identity.bytes),
-        *((128 + 4 * number, "I", (size.bit_length() - 1) << 16) for number, size in enumerate(BLOCK_SIZES)),
+        *((128 + 4 * number, "I", _data_size(one, size) << 16) for number, size in enumerate(BLOCK_SIZES)),
     )
+
+
+def _data_size(one: Namespace, block_size: int) -> int:
+    """LBADS of a format: 0 for one that this namespace cannot have."""
+    return block_size.bit_length() - 1 if one.fits(block_size) else 0
 
 
 def descriptors(one: Namespace) -> bytes:

@@ -6,16 +6,16 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from struct import Struct
 
 from vfio_user.devices.nvme.command import Command, CommandError, Entry, check
-from vfio_user.devices.nvme.constants import ALL_NAMESPACES, STATUS_DO_NOT_RETRY, Feature, IoOpcode, Status
+from vfio_user.devices.nvme.constants import ALL_NAMESPACES, Feature, IoOpcode, Status
 from vfio_user.devices.nvme.data import GuestData, data_ranges
-from vfio_user.devices.nvme.execution import Executor, Handler, Later
+from vfio_user.devices.nvme.execution import Executor, Handler, Later, Problems, second_failed
 from vfio_user.devices.nvme.features import Features
 from vfio_user.devices.nvme.identify import COMPARE_WRITE_BLOCKS, MAX_DATA
 from vfio_user.devices.nvme.logs import Health
 from vfio_user.devices.nvme.namespaces import Namespace, active_namespace
 from vfio_user.devices.nvme.queues import SubmissionQueue
 from vfio_user.devices.nvme.reads import Reads
-from vfio_user.devices.nvme.storage.base import Storage, Views
+from vfio_user.devices.nvme.storage.base import Storage
 from vfio_user.dma.memory import GuestMemory
 
 FUA = 1 << 30
@@ -87,6 +87,11 @@ class IoCommands:
         """Whether what is written must be on the medium when the command completes."""
         return bool(command.cdw12 & FUA) or not self._features.get(Feature.VOLATILE_WRITE_CACHE)
 
+    def _make_durable(self, storage: Storage, command: Command) -> None:
+        """What a worker has written: it is asked last, as the cache may have been switched off since it began."""
+        if self._durable(command):
+            storage.flush()
+
     # Commands
 
     def _read(self, queue: SubmissionQueue, command: Command) -> int | Later:
@@ -99,27 +104,31 @@ class IoCommands:
         if views is None:
             buffer = memoryview(bytearray(length))
             return self._later(
-                queue, command, namespace, lambda: storage.read(offset, [buffer]), finish=lambda: data.write(buffer)
+                queue, command, namespace, lambda: storage.read(offset, [buffer]), deliver=lambda: data.write(buffer)
             )
         if storage.read_now(offset, views):
             data.written()
             return 0
-        return self._later(queue, command, namespace, lambda: storage.read(offset, views), ended=data.written)
+        return self._later(
+            queue, command, namespace, lambda: storage.read(offset, views), moving=True, ended=data.written
+        )
 
     def _write(self, queue: SubmissionQueue, command: Command) -> int | Later:
         namespace = self._writable(command)
         offset, length = self._span(namespace, command)
         data = self._data(command, length)
-        storage, views = namespace.storage, data.views(write=False)
-        if views is None:
-            views = [memoryview(data.read())]
+        storage, mapped = namespace.storage, data.views(write=False)
+        views = [memoryview(data.read())] if mapped is None else mapped
         self.health.writes += 1
         self.health.bytes_written += length
-        if self._durable(command):
-            return self._later(queue, command, namespace, lambda: _write_durably(storage, offset, views))
-        if storage.write_now(offset, views):
+        if not self._durable(command) and storage.write_now(offset, views):
             return 0
-        return self._later(queue, command, namespace, lambda: storage.write(offset, views))
+
+        def work() -> None:
+            storage.write(offset, views)
+            self._make_durable(storage, command)
+
+        return self._later(queue, command, namespace, work, moving=mapped is not None)
 
     def _flush(self, queue: SubmissionQueue, command: Command) -> Later:
         if command.nsid == ALL_NAMESPACES:
@@ -131,12 +140,10 @@ class IoCommands:
     def _write_zeroes(self, queue: SubmissionQueue, command: Command) -> Later:
         namespace = self._writable(command)
         storage, (offset, length) = namespace.storage, self._span(namespace, command)
-        unmap, durable = bool(command.cdw12 & DEALLOCATE), self._durable(command)
 
         def work() -> None:
-            storage.write_zeroes(offset, length, unmap=unmap)
-            if durable:
-                storage.flush()
+            storage.write_zeroes(offset, length, unmap=bool(command.cdw12 & DEALLOCATE))
+            self._make_durable(storage, command)
 
         return self._later(queue, command, namespace, work)
 
@@ -166,11 +173,13 @@ class IoCommands:
             buffer = memoryview(bytearray(min(length, _PIECE)))
             for start in range(offset, offset + length, _PIECE):
                 namespace.storage.read(start, [buffer[: offset + length - start]])
+                if self._executor.hurried:  # it may be 256 MiB
+                    raise CommandError(Status.COMMAND_INTERRUPTED, retry=True)
 
         return self._later(queue, command, namespace, work)
 
-    def compare_and_write(self, first: Command, second: Command) -> Callable[[], tuple[int, int]] | None:
-        """A fused pair, at one go (6.1.1): what to do, which gives the status of each. None: others are under way."""
+    def compare_and_write(self, first: Command, second: Command) -> Callable[[], Problems] | None:
+        """A fused pair, at one go (6.1.1): a FusedHandler."""
         namespace = self._writable(second)
         check(first.opcode == IoOpcode.COMPARE and second.opcode == IoOpcode.WRITE)
         check(first[3:4] + first[8:10] == second[3:4] + second[8:10] and (first.cdw12 ^ second.cdw12) & 0xFFFF == 0)
@@ -179,17 +188,15 @@ class IoCommands:
         if namespace.busy:
             return None
         expected, data = self._data(first, length).read(), self._data(second, length).read()
-        storage, durable = namespace.storage, self._durable(second)
 
-        def work() -> tuple[int, int]:
+        def work() -> Problems:
+            _expect(namespace, offset, expected)
             try:
-                _expect(namespace, offset, expected)
-            except CommandError as error:
-                return error.status | STATUS_DO_NOT_RETRY, Status.ABORTED_FAILED_FUSED
-            storage.write(offset, [memoryview(data)])
-            if durable:
-                storage.flush()
-            return 0, 0
+                namespace.storage.write(offset, [memoryview(data)])
+                self._make_durable(namespace.storage, second)
+            except OSError as error:
+                return second_failed(error)
+            return None, None
 
         return work
 
@@ -200,19 +207,17 @@ class IoCommands:
         namespace: Namespace | None,
         work: Callable[[], object],
         *,
+        moving: bool = False,
         ended: Callable[[], object] | None = None,
-        finish: Callable[[], object] | None = None,
+        deliver: Callable[[], object] | None = None,
     ) -> Later:
         def worked() -> int:
             work()
             return 0
 
-        return self._executor.later(queue, command, worked, namespace=namespace, ended=ended, finish=finish)
-
-
-def _write_durably(storage: Storage, offset: int, views: Views) -> None:
-    storage.write(offset, views)
-    storage.flush()
+        return self._executor.later(
+            queue, command, worked, namespace=namespace, moving=moving, ended=ended, deliver=deliver
+        )
 
 
 def _flush_all(storages: Iterable[Storage]) -> None:

@@ -109,6 +109,11 @@ class Logs:
         numbers = sorted(self.changed) if len(self.changed) <= MAX_CHANGED else [MANY_CHANGED]
         return struct.pack(f"<{len(numbers)}I", *numbers).ljust(4 * MAX_CHANGED, b"\0")
 
+    def told(self, part: bytes) -> None:
+        """The host has got this part of that list: of the others it is told still."""
+        numbers = {number for (number,) in struct.iter_unpack("<I", part)}
+        self.changed -= self.changed if MANY_CHANGED in numbers else numbers
+
 
 def firmware_page() -> bytes:
     """One slot, active, and what is in it (5.14.1.3)."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from vfio_user.devices.nvme.command import CommandError, check
 from vfio_user.devices.nvme.complaints import Complaints
 from vfio_user.devices.nvme.constants import Status
+from vfio_user.devices.nvme.paths import identity_of
 from vfio_user.devices.nvme.storage.base import Storage
 
 BLOCK_SIZES = (512, 4096)
@@ -32,14 +33,17 @@ class Namespace:
 
     def format(self, block_size: int) -> None:
         """Count in blocks of another size. Raises ValueError where that does not divide the storage."""
-        if block_size not in BLOCK_SIZES:
-            raise ValueError(f"blocks of {block_size} bytes: there are {' and '.join(map(str, BLOCK_SIZES))}")
+        check_size(0, block_size)
         if not self.storage.size or self.storage.size % block_size:
             raise ValueError(f"{self.storage.name}: {self.storage.size} bytes are no whole blocks of {block_size}")
         if block_size % self.storage.block_size:
             raise ValueError(f"{self.storage.name}: it wants blocks of {self.storage.block_size} bytes: -o block_size=")
         self.block_size = block_size
         self.blocks = self.storage.size // block_size
+
+    def fits(self, block_size: int) -> bool:
+        """Whether it could count in blocks of that size."""
+        return not self.storage.size % block_size and not block_size % self.storage.block_size
 
     def span(self, start: int, count: int) -> tuple[int, int]:
         """(offset, length) in bytes of ``count`` blocks. Raises CommandError where they are not all there."""
@@ -75,8 +79,7 @@ class Namespaces(dict[int, Namespace]):
         Raises OSError for a storage that cannot be had, ValueError for one that is no namespace: then it is closed.
         """
         try:
-            identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{controller}#{number}")
-            namespace = Namespace(number, storage, self._block_size, identity)
+            namespace = Namespace(number, storage, self._block_size, identity_of(controller, storage.name))
             if acquire:
                 storage.acquire()
         except BaseException:
@@ -125,6 +128,14 @@ class Namespaces(dict[int, Namespace]):
         """Close the storages: nothing is under way, or ever will be."""
         for namespace in self.values():
             namespace.storage.close()
+
+
+def check_size(size: int, block_size: int) -> None:
+    """Raise ValueError for blocks that there are not, and a size in bytes that is not a whole number of them."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"blocks of {block_size} bytes: there are {' and '.join(map(str, BLOCK_SIZES))}")
+    if size % block_size:
+        raise ValueError(f"{size} bytes are no whole blocks of {block_size}")
 
 
 def active_namespace(namespaces: Mapping[int, Namespace], number: int) -> Namespace:

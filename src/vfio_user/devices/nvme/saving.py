@@ -178,7 +178,7 @@ def restore(device: Nvme, fields: dict[str, object], parts: Sequence[bytes]) -> 
         raise ValueError("registers that say otherwise whether the controller is enabled")
     if (content.enabled or content.requests) and not (0 in completions and 0 in submissions):
         raise ValueError("a controller that is enabled has admin queues")
-    if any(not RULES[one.feature].sound(one.selector, one.value) for one in content.features):
+    if any(not _could_be_set(device, one) for one in content.features):
         raise ValueError("a feature that is not as a host could have set it")
     device.parts.take(parts)
 
@@ -207,6 +207,12 @@ def restore(device: Nvme, fields: dict[str, object], parts: Sequence[bytes]) -> 
     logs.errors.extend(ErrorEntry(e.count, e.queue, e.cid, e.status, e.lba, e.nsid) for e in content.errors)
     logs.error_count, logs.changed = content.error_count, set(content.changed)
     logs.health.take(content.health)
+
+
+def _could_be_set(device: Nvme, one: SavedFeature) -> bool:
+    granted = max(one.value & 0xFFFF, one.value >> 16) < device.queues
+    sound = RULES[one.feature].sound(one.selector, one.value)
+    return sound and (granted or one.feature is not Feature.NUMBER_OF_QUEUES)
 
 
 def _check_namespaces(device: Nvme, saved: Sequence[SavedNamespace]) -> None:

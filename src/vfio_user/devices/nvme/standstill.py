@@ -79,13 +79,15 @@ class Standstill:
 
     # What is under way
 
-    def quiesce(self) -> None:
-        """Let what is under way end; what waits is carried out afterwards. Raises OSError(ETIMEDOUT)."""
+    def quiesce(self, *, moving: bool = True) -> None:
+        """Let what is at the guest's memory end, or, without ``moving``, all that is under way; what waits is carried
+        out afterwards. Raises OSError(ETIMEDOUT).
+        """
         if self._executor.idle():
             return
         self.halt(Halt.QUIESCE)
         try:
-            self._executor.quiesce(QUIESCE_TIMEOUT)
+            self._executor.quiesce(QUIESCE_TIMEOUT, moving=moving)
         finally:
             self.resume(Halt.QUIESCE)
 
@@ -119,7 +121,7 @@ class Standstill:
         if not self._executor.submissions:
             return
         try:
-            self._executor.workers.wait(BUS_MASTER_TIMEOUT)
+            self._executor.workers.wait(BUS_MASTER_TIMEOUT, moving=True)
         except OSError as error:
             logger.warning("DMA goes on without the bus master bit: %s", error)
 

@@ -133,9 +133,9 @@ class IdentifyNamespace:
 
     @property
     def formats(self) -> list[tuple[int, int]]:
-        """Each LBA format's bytes of a block and of its metadata."""
+        """Each LBA format's bytes of a block, 0 for one that is not there, and of its metadata."""
         entries = struct.unpack_from(f"<{self.nlbaf + 1}I", self.raw, 128)
-        return [(1 << (entry >> 16 & 0xFF), entry & 0xFFFF) for entry in entries]
+        return [((1 << shift) * (shift > 0), entry & 0xFFFF) for entry in entries for shift in [entry >> 16 & 0xFF]]
 
     @property
     def block_size(self) -> int:

@@ -45,7 +45,7 @@ class MemoryStorage:
         self._bytes = memoryview(self._memory)
         blocks = -(-size // BLOCK)
         self._used = bitarray(blocks)  # what may hold anything but zeros
-        self._unsent = bitarray(blocks)
+        self._unsent = ~bitarray(blocks)  # nobody knows what is in its place at the other side
 
     def acquire(self) -> None:
         """Nobody else can have it."""
