@@ -132,7 +132,7 @@ def test_it_ends_when_all_clients_of_connected_sockets_have_left() -> None:
         (["edu", "--socket-path", "a", "--", "edu", "--socket-path", "a"], "two devices at a"),
         (["edu", "--fd", "9", "--", "edu", "--fd", "9"], "two devices at --fd 9"),
         (["edu", "--run", "true", "--", "edu", "--run", "true"], "--run is given twice"),
-        (["edu", "--run", "true", "--socket-path", "a", "--fd", "7"], "one of --socket-path and --fd"),
+        (["edu", "--run", "true", "--socket-path", "a", "--fd", "7"], "takes --socket-path or --fd, not both"),
         (["edu", "--socket-path", "a", "--filter", "sieve"], "stats"),
         (["edu", "--socket-path", "a", "--filter", "delay:region_read=soon"], "soon"),
         (["ivshmem", "-o", "=1", "--socket-path", "a"], "no option ''"),

@@ -222,7 +222,7 @@ def run_as(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def test_a_backend_program_is_its_device(device: str, run_as: Run) -> None:
     status, out, _ = run_as(f"/usr/bin/vfio-user-{device}", "--help")
     assert (status, out.partition(":")[0]) == (0, device)
-    reason = f"vfio-user: {device} needs one of --socket-path and --fd (or --run)\n"
+    reason = f"vfio-user: {device} takes --socket-path or --fd, not both\n"
     assert run_as(f"vfio-user-{device}", "--fd=3", "--socket-path=x") == (2, "", reason)
 
 

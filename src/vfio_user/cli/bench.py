@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from vfio_user.cli.naming import naming
-from vfio_user.cli.options import Seconds, json_option, timeout_option
+from vfio_user.cli.naming import meeting, naming
+from vfio_user.cli.options import ANY_PATH, Seconds, json_option, timeout_option
 from vfio_user.errors import UsageError
 from vfio_user.histogram import duration
 from vfio_user.tools.bench import Choice, Link, Measure, Report, Result, Settings, picture, pinned, plan, run
@@ -25,7 +25,7 @@ _MIB = 1 << 20
 
 
 @click.command(epilog="Example: vfio-user bench /tmp/a.sock /tmp/b.sock --region bar0+0x0 --html report.html")
-@click.argument("paths", metavar="SOCKET [SOCKET]", nargs=-1, required=True, type=click.Path())
+@click.argument("paths", metavar="SOCKET [SOCKET]", nargs=-1, required=True, type=ANY_PATH)
 @click.option(
     "--region", "regions", metavar="PLACE", multiple=True, help="Also read there: bar0+0x0. Sizes go upwards."
 )
@@ -105,7 +105,7 @@ def _check(paths: Sequence[str], choice: Choice, measures: Sequence[Measure]) ->
 
 
 def _link(path: str, timeout: float) -> Link:
-    with naming(path):
+    with meeting(path):
         return Link.connect(path, timeout)
 
 

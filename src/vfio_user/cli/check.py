@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vfio_user.cli.naming import naming
-from vfio_user.cli.options import json_option, timeout_option
+from vfio_user.cli.options import ANY_PATH, json_option, timeout_option
 from vfio_user.errors import VfioUserError
 from vfio_user.tools.check import (
     CLIENT_QUIRKS,
@@ -55,9 +55,9 @@ _COLUMNS = {
 
 
 @click.command(epilog="Example: vfio-user check /tmp/edu.sock --all --junit report.xml")
-@click.argument("path", metavar="[SOCKET]", required=False, type=click.Path())
+@click.argument("path", metavar="[SOCKET]", required=False, type=ANY_PATH)
 @click.option("--client", is_flag=True, help="Play the server, and check the clients that connect.")
-@click.option("--listen", metavar="PATH", type=click.Path(), help="With --client: where to make the socket.")
+@click.option("--listen", metavar="PATH", type=ANY_PATH, help="With --client: where to make the socket.")
 @click.option(
     "--run", metavar="COMMAND", help="With --client: the client, run anew with $VFIO_USER_SOCKET for each case."
 )

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
@@ -44,6 +45,9 @@ def guest(sockets: tuple[str, ...], iommu: bool, modules: tuple[str, ...], comma
     sockets = sockets or tuple(os.environ.get(SOCKETS_VARIABLE, "").splitlines())
     if not sockets:
         raise UsageError("no device: give --socket, or run this by serve --run")
+    for path in sockets:
+        if not Path(path).is_socket():
+            raise UsageError(f"{path}: no socket is there")
     qemu, linux = find_qemu(), find_guest()
     if qemu is None or linux is None:
         raise QemuError(f"no {'guest' if qemu else 'QEMU with vfio-user-pci'} here: {FETCH}")

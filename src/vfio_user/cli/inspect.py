@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import click
 
 from vfio_user.cli.naming import connect, naming
-from vfio_user.cli.options import device_option, json_option, socket_argument, timeout_option
+from vfio_user.cli.options import ANY_PATH, device_option, json_option, socket_argument, timeout_option
 from vfio_user.client import Client
 from vfio_user.errors import StreamError, UsageError
 from vfio_user.tools.dump import lines, read_pieces, write_from, write_number
@@ -37,7 +37,7 @@ def open_for_reading(path: str) -> BinaryIO:
 
 
 @click.command(epilog="Example: vfio-user info /tmp/edu.sock")
-@click.argument("path", metavar="SOCKET|FILE", type=click.Path())
+@click.argument("path", metavar="SOCKET|FILE", type=ANY_PATH)
 @json_option
 @timeout_option
 def info(path: str, as_json: bool, timeout: float) -> None:
@@ -80,6 +80,14 @@ def registers_of(client: Client, device: str | None) -> Registers:
     return Registers(read_config(client), None if device is None else make_device(device))
 
 
+def _registers(client: Client, device: str | None) -> Callable[[], Registers]:
+    """They are asked for as soon as there is a name to be looked up, or a device to be looked for."""
+    registers = cache(lambda: registers_of(client, device))
+    if device is not None:
+        registers()
+    return registers
+
+
 def resolve(place: Place, registers: Callable[[], Registers]) -> Location | Extent:
     """Where a place is; only for a name the registers are asked for."""
     return registers().find(place) if isinstance(place, Name) else place
@@ -90,7 +98,7 @@ def resolve(place: Place, registers: Callable[[], Registers]) -> Location | Exte
 )
 @socket_argument
 @click.argument("places", metavar="PLACE...", nargs=-1, required=True)
-@click.option("--output", metavar="FILE", type=click.Path(), help='Write the bytes there instead; "-" is stdout.')
+@click.option("--output", metavar="FILE", type=ANY_PATH, help='Write the bytes there instead; "-" is stdout.')
 @json_option
 @device_option
 @timeout_option
@@ -107,7 +115,7 @@ def read(
         raise UsageError("--output and --json exclude each other")
     parsed = [parse_place(text) for text in places]
     with connect(path, timeout) as client:
-        registers = cache(lambda: registers_of(client, device))
+        registers = _registers(client, device)
         pairs = [(place, resolve(place, registers)) for place in parsed]
         if output is not None:
             _read_to_file(client, pairs, output)
@@ -154,7 +162,7 @@ def _show(client: Client, place: Place, where: Location | Extent) -> None:
 @click.command(epilog="Example: vfio-user write /tmp/edu.sock config.command=0x6 bar0+0x4:u32=0x1234")
 @socket_argument
 @click.argument("assignments", metavar="PLACE=VALUE...", nargs=-1, required=True)
-@click.option("--input", "source", metavar="FILE", type=click.Path(), help='Write what is in there; "-" is stdin.')
+@click.option("--input", "source", metavar="FILE", type=ANY_PATH, help='Write what is in there; "-" is stdin.')
 @device_option
 @timeout_option
 def write(path: str, assignments: tuple[str, ...], source: str | None, device: str | None, timeout: float) -> None:
@@ -177,7 +185,7 @@ def locate(
     client: Client, assignments: Sequence[tuple[Location | Name, int]], device: str | None
 ) -> list[tuple[Location, int]]:
     """Where each value goes. Raises UsageError before anything is written."""
-    registers = cache(lambda: registers_of(client, device))
+    registers = _registers(client, device)
     located = [(registers().find(place) if isinstance(place, Name) else place, value) for place, value in assignments]
     for location, value in located:
         check_fits(location, value)
@@ -189,7 +197,7 @@ def _write_file(path: str, places: Sequence[str], source: str, device: str | Non
         raise UsageError("--input FILE takes one PLACE")
     place = parse_place(places[0])
     with open_for_reading(source) as file, connect(path, timeout) as client:
-        where = resolve(place, lambda: registers_of(client, device))
+        where = resolve(place, _registers(client, device))
         with naming(place):
             count = write_from(client, file, where)
     start = where.start if isinstance(where, Extent) else where.offset

@@ -26,10 +26,12 @@ class Seconds(click.FloatRange):
         return number
 
 
+ANY_PATH = click.Path(readable=False)
+"""What cannot be read is no wrong usage: it fails where it is opened."""
 timeout_option = click.option(
     "--timeout", default=5.0, show_default=True, type=float, callback=seconds, help="Seconds for each call."
 )
-socket_argument = click.argument("path", metavar="SOCKET", type=click.Path())
+socket_argument = click.argument("path", metavar="SOCKET", type=ANY_PATH)
 device_option = click.option(
     "--device", metavar="DEVICE", help="Whose registers the BARs have, as for serve; by default a built-in one's."
 )

@@ -6,14 +6,14 @@ import json
 
 import click
 
-from vfio_user.cli.options import json_option, socket_argument, timeout_option
+from vfio_user.cli.options import ANY_PATH, json_option, socket_argument, timeout_option
 from vfio_user.errors import VfioUserError
 from vfio_user.tools.replay import Difference, Ignored, Replay, choose_connection, connections
 from vfio_user.tools.trace import CaptureError, connect, read_capture
 
 
 @click.command(epilog="Example: vfio-user replay session.pcapng /tmp/edu.sock")
-@click.argument("file", metavar="FILE", type=click.Path())
+@click.argument("file", metavar="FILE", type=ANY_PATH)
 @socket_argument
 @click.option("--connection", metavar="N", type=click.IntRange(min=1), help="Which one of the capture; else the first.")
 @click.option("--ignore", metavar="WHAT", multiple=True, help="A command, region or place whose replies may differ.")

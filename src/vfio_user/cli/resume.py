@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import click
 
 from vfio_user.cli.naming import connect
-from vfio_user.cli.options import timeout_option
+from vfio_user.cli.options import ANY_PATH, timeout_option
 from vfio_user.errors import UsageError
 from vfio_user.tools.migrate import wake
 
@@ -16,7 +16,7 @@ _WARNING = "only when you know that nothing runs at the other side: see what vfi
 
 
 @click.command(epilog="Example: vfio-user resume /tmp/edu.sock")
-@click.argument("paths", metavar="SOCKET...", nargs=-1, required=True, type=click.Path())
+@click.argument("paths", metavar="SOCKET...", nargs=-1, required=True, type=ANY_PATH)
 @click.option("--yes", is_flag=True, help="Do not ask: it is known that nothing runs at the other side.")
 @click.option("--reset", is_flag=True, help="Reset those that have lost their state, which cannot run on otherwise.")
 @timeout_option

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from vfio_user.cli import logs
+from vfio_user.cli.options import ANY_PATH
 from vfio_user.device import Device
 from vfio_user.tools.activation import inherited_sockets, placed
 from vfio_user.tools.load import parse_pairs
@@ -72,10 +73,13 @@ def _so_far(arguments: Sequence[str]) -> list[str]:
     epilog="Example: vfio-user serve edu --socket-path /tmp/edu.sock -o dma_mask=0xfffffff",
 )
 @click.argument("device", required=False, metavar="DEVICE [OPTIONS] [-- DEVICE [OPTIONS]]...")
-@click.option("--socket-path", metavar="PATH", type=click.Path(), help="Listen on a UNIX socket that is made here.")
+@click.option("--socket-path", metavar="PATH", type=ANY_PATH, help="Listen on a UNIX socket that is made here.")
 @click.option("--fd", metavar="N", type=click.IntRange(min=0), help="Use an inherited socket, listening or connected.")
 @click.option(
-    "--control", metavar="PATH", type=click.Path(), help="Make a second socket there, to manage the device by."
+    "--control",
+    metavar="PATH",
+    type=ANY_PATH,
+    help="Make a second socket there, to manage the device by.",
 )
 @click.option("-o", "options", metavar="KEY=VALUE", multiple=True, help="An option of the device.")
 @click.option("--filter", "filters", metavar="SPEC", multiple=True, help="A filter around it; the first is outermost.")

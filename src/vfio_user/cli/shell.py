@@ -18,10 +18,12 @@ import vfio_user
 from vfio_user.cli.inspect import registers_of
 from vfio_user.cli.naming import connect
 from vfio_user.cli.options import device_option, socket_argument, timeout_option
-from vfio_user.errors import VfioUserError, reason_of
+from vfio_user.errors import UsageError, VfioUserError, reason_of
 from vfio_user.tools.info_text import describe
 from vfio_user.tools.session import Session
 
+MAX_PROGRAM = 1 << 20
+"""Characters."""
 _HELP = """\
 c                          the client: c.region_read(0, 0x10, 4), c.dma_map(...), c.migration_get_state(), ...
 read("config.command")     a register as a number; read("bar0+0x4:u32"), and of a range the bytes: read("config+0..")
@@ -46,12 +48,21 @@ def shell(path: str, device: str | None, timeout: float) -> None:
     Names of registers and regions are completed within quotes. A program on standard input is run as if it had been
     typed in: values of expressions are shown. It ends with what fails, and exit status 1.
     """
+    program = None if sys.stdin.isatty() else _read_program()
     with connect(path, timeout) as client, Session(client, registers_of(client, device)) as session, _numbers_in_hex():
         names = namespace(session)
-        if sys.stdin.isatty():
+        if program is None:
             _talk(names, session)
         else:
-            _run(names, sys.stdin.read())
+            _run(names, program)
+
+
+def _read_program() -> str:
+    """All of standard input, before a device is held for it."""
+    program = sys.stdin.read(MAX_PROGRAM + 1)
+    if len(program) > MAX_PROGRAM:
+        raise UsageError(f"a program of more than {MAX_PROGRAM >> 20} MiB on standard input")
+    return program
 
 
 def namespace(session: Session) -> dict[str, Any]:

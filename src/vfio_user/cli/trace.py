@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from vfio_user.cli.naming import naming
+from vfio_user.cli.options import ANY_PATH
 from vfio_user.errors import ProtocolError, UsageError
 from vfio_user.filters.settings import parse_region
 from vfio_user.tools.trace import (
@@ -54,8 +55,8 @@ def _show_dissector(ctx: click.Context, param: click.Parameter, wanted: bool) ->
 @click.option("--connect", metavar="PATH", type=click.Path(path_type=Path), help="Where the server is.")
 @click.option("--run", metavar="COMMAND", help="Run a client with $VFIO_USER_SOCKET set, and end with it.")
 @click.option("--run-server", metavar="COMMAND", help="Run a server that listens at $VFIO_USER_SOCKET.")
-@click.option("--read", "read_from", metavar="FILE", type=click.Path(), help="Show a capture in place of all that.")
-@click.option("--write", "write_to", metavar="FILE", type=click.Path(), help="Keep everything in a pcapng capture.")
+@click.option("--read", "read_from", metavar="FILE", type=ANY_PATH, help="Show a capture in place of all that.")
+@click.option("--write", "write_to", metavar="FILE", type=ANY_PATH, help="Keep everything in a pcapng capture.")
 @click.option("--command", "commands", metavar="NAME", multiple=True, help="Show such commands and their replies.")
 @click.option("--region", "regions", metavar="REGION", multiple=True, help="Show what is about such regions.")
 @click.option("--from", "sender", type=click.Choice([role.value for role in Role]), help="Show what that side sends.")

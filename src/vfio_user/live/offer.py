@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 import msgspec
 
@@ -44,6 +45,26 @@ class DeviceOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             migration=int(flags),
         )
 
+    def misfits(self, other: DeviceOffer) -> Iterator[tuple[str, str]]:
+        """What of it differs from another one, and how.
+
+        Whether regions can be written or mapped is the socket's affair: by a control socket they cannot.
+        """
+        if self.identity != other.identity:
+            yield "identity", f"differs: {self.identity} and {other.identity}"
+        for index, sizes in enumerate(zip_longest(self._sizes(), other._sizes(), fillvalue=0)):
+            if sizes[0] != sizes[1]:
+                yield f"region {index}", f"differs: {sizes[0]:#x} and {sizes[1]:#x} bytes"
+        for index, vectors in enumerate(zip_longest(self.irqs, other.irqs, fillvalue=0)):
+            if vectors[0] != vectors[1]:
+                yield f"interrupt index {index}", f"differs: {vectors[0]} and {vectors[1]} vectors"
+        if self.migration != other.migration:
+            names = " and ".join(str(MigrationFlags(flags)) for flags in (self.migration, other.migration))
+            yield "migration", f"differs: {names}"
+
+    def _sizes(self) -> list[int]:
+        return [size for size, _ in self.regions]
+
 
 class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A guest's devices, and where its memory is: (address, size) in bytes."""
@@ -60,9 +81,7 @@ class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if len(self.devices) != len(own.devices):
             yield f"{len(self.devices)} devices are to move, the destination has {len(own.devices)}"
         for number, (here, there) in enumerate(zip(self.devices, own.devices, strict=False)):
-            for what in here.__struct_fields__:
-                if getattr(here, what) != getattr(there, what):
-                    yield f"{what} of device {number} differs: {getattr(here, what)} and {getattr(there, what)}"
+            yield from (f"{what} of device {number} {differs}" for what, differs in here.misfits(there))
         if self.memory != own.memory:
             yield f"guest memory differs: {_spans(self.memory)} and {_spans(own.memory)}"
 

@@ -346,8 +346,10 @@ def _ignored() -> set[signal.Signals]:
 
 def _check_places(specs: Sequence[DeviceSpec]) -> None:
     for spec in specs:
-        if (spec.socket_path is None) == (spec.fd is None):
+        if spec.socket_path is None and spec.fd is None:
             raise UsageError(_originating(spec, f"{spec.device} needs one of --socket-path and --fd (or --run)"))
+        if spec.socket_path is not None and spec.fd is not None:
+            raise UsageError(_originating(spec, f"{spec.device} takes --socket-path or --fd, not both"))
     places = [spec.place for spec in specs] + [str(spec.control) for spec in specs if spec.control is not None]
     twice = [place for place, times in Counter(places).items() if times > 1]
     if twice:
