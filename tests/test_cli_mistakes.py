@@ -57,6 +57,12 @@ def test_a_server_that_serves_another(edu: Path) -> None:
             assert (status, line.startswith(f"{edu}: "), "does it serve another client?" in line) == (1, True, True)
 
 
+@pytest.mark.parametrize(("command", "status"), [("exit 3", 3), ("head -c 1 >/dev/null; echo hello; exit 4", 4)])
+def test_a_command_that_carries_nothing(edu: Path, command: str, status: int) -> None:
+    found = told("migrate", edu, "--exec", command, "--timeout", "2")
+    assert (found[0], f"the command ended with status {status}" in found[1]) == (1, True), found
+
+
 def test_a_program_without_an_end(edu: Path) -> None:
     """It is read before a device is held for it, and not without bound."""
     with open("/dev/zero", "rb") as zeros:

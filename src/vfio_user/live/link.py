@@ -91,7 +91,8 @@ class Link:
 
     def _received(self, count: int) -> None:
         if not count:
-            raise ConnectionClosedError(f"the pipe ends{' within a record' if self.reader.mid_record else ''}")
+            where = " within a record" if self.reader.mid_record else ""
+            raise ConnectionClosedError(f"the pipe ends{where}{self.pipe.epilogue()}")
         self.reader.received(count)
         self.activity.at = time.monotonic()
 

@@ -105,7 +105,11 @@ class Pipe(ABC):
         try:
             return call(argument)
         except OSError as error:
-            raise ConnectionClosedError(f"{what}: {error.strerror or error}") from error
+            raise ConnectionClosedError(f"{what}: {error.strerror or error}{self.epilogue()}") from error
+
+    def epilogue(self) -> str:
+        """What is known of why the stream has ended, to be put behind that it has."""
+        return ""
 
     @abstractmethod
     def _write(self, buffers: list[memoryview]) -> int:

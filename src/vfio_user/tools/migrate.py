@@ -102,8 +102,22 @@ def pipe_of(sock: socket.socket) -> Pipe:
     return TlsPipe(sock) if isinstance(sock, ssl.SSLSocket) else SocketPipe(sock)
 
 
+_LAST_WORDS = 1.0
+"""Seconds that a command has to end once its stream has."""
 _SHIELDED = "trap '' INT HUP; exec /bin/sh -c \"$1\""
 """What is ignored stays so when a program takes the place of another; a single command takes that of the shell."""
+
+
+class _CommandPipe(FdPipe):
+    """Stdin and stdout of a command: whoever cannot run it, or is not let in, says so by its status."""
+
+    process: subprocess.Popen[bytes]
+
+    def epilogue(self) -> str:
+        try:
+            return f": the command ended with status {self.process.wait(_LAST_WORDS)}"
+        except subprocess.TimeoutExpired:
+            return ""
 
 
 class Remote:
@@ -119,7 +133,8 @@ class Remote:
         assert process.stdin is not None
         assert process.stdout is not None
         with process.stdin as writer, process.stdout as reader:
-            self.pipe = FdPipe(OwnedFd.duplicate(reader.fileno()), OwnedFd.duplicate(writer.fileno()))
+            self.pipe = _CommandPipe(OwnedFd.duplicate(reader.fileno()), OwnedFd.duplicate(writer.fileno()))
+        self.pipe.process = process
 
     def wait(self) -> int:
         """Close the pipe; the command's exit status, or that of being killed if it does not end in time."""
