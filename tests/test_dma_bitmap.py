@@ -180,6 +180,34 @@ def test_mark_and_clear_give_pieces_back() -> None:
     assert (budget.left, bitmap.count()) == (8, 0)
 
 
+@given(
+    here=st.tuples(st.integers(0, 200), st.integers(1, 600)),
+    there=st.tuples(st.integers(0, 200), st.integers(1, 600)),
+    page_shift=st.integers(0, 7),
+    dirty=patterns(),
+    reported=st.lists(st.tuples(st.integers(0, 800), st.integers(1, 60)), max_size=3),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_is_dirty_moves_to_a_bitmap_of_another_range(
+    here: tuple[int, int], there: tuple[int, int], page_shift: int, dirty: set[int], reported: list[tuple[int, int]]
+) -> None:
+    page_size = 1 << page_shift
+    old, new = DirtyBitmap(*here, page_size), DirtyBitmap(*there, page_size)
+    known, moved = Model(*here, page_size), Model(*there, page_size)
+    for page in dirty:
+        old.mark(page << page_shift, 1)
+        known.mark(page << page_shift, 1)
+    for part in reported:
+        assert report(old, *part, 1) == known.report(*part, 1)
+    old.move_to(new)
+    for byte in known.dirty & set(moved.region):
+        moved.mark(byte, 1)
+    known.dirty -= set(moved.region)
+    assert (old.count(), new.count()) == (known.pages, moved.pages)
+    for bitmap, model in ((old, known), (new, moved)):
+        assert report(bitmap, 0, 2 * SPACE, 1) == model.dirty
+
+
 @pytest.mark.parametrize("report_page", [512, 2048, 4096, 8192, 1 << 16])
 @pytest.mark.parametrize("step", [1, 2, 3, 50])
 def test_reports_of_many_pages(report_page: int, step: int) -> None:
@@ -281,10 +309,11 @@ class LogMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.log = DirtyLog()
-        self.regions: dict[tuple[int, int], bool] = {}
+        self.regions: dict[tuple[int, int], tuple[bool, int]] = {}
         self.ranges: tuple[tuple[int, int], ...] | None = None
         self.page = 0
         self.dirty: set[int] = set()
+        self.unmapped: dict[int, set[int]] = {0: set(), 1: set()}
 
     def in_ranges(self, unit: int) -> bool:
         if self.ranges is None:
@@ -293,7 +322,7 @@ class LogMachine(RuleBasedStateMachine):
 
     def parts(self) -> Iterator[range]:
         """The stretches of logged regions that are in ranges."""
-        for (address, size), logged in self.regions.items():
+        for (address, size), (logged, _) in self.regions.items():
             units = [unit for unit in range(address, address + size) if logged and self.in_ranges(unit)]
             for _, stretch in groupby(enumerate(units), key=lambda pair: pair[1] - pair[0]):
                 found = [unit for _, unit in stretch]
@@ -303,23 +332,33 @@ class LogMachine(RuleBasedStateMachine):
     def begin(self, data: st.DataObject) -> None:
         address = 0
         for gap, size in data.draw(st.lists(st.tuples(st.sampled_from([0, 0, 3, 8]), st.integers(1, 40)), max_size=5)):
-            self.map(address + gap, size, data.draw(st.sampled_from([True, True, False])))
+            self.map(address + gap, size, data.draw(st.sampled_from([True, True, False])), 0)
             address += gap + size
 
-    @rule(address=UNITS, size=st.integers(1, 60), logged=st.booleans() | st.just(True))
-    def map(self, address: int, size: int, logged: bool) -> None:
+    @rule(address=UNITS, size=st.integers(1, 60), logged=st.booleans() | st.just(True), memory=st.integers(0, 1))
+    def map(self, address: int, size: int, logged: bool, memory: int) -> None:
         if any(max(address, start) < min(address + size, start + n) for start, n in self.regions):
-            refused(errno.EEXIST, self.log.map, address * UNIT, size * UNIT, logged)
+            refused(errno.EEXIST, self.log.map, address * UNIT, size * UNIT, logged, memory)
             return
-        self.log.map(address * UNIT, size * UNIT, logged)
-        self.regions[address, size] = logged
+        self.log.map(address * UNIT, size * UNIT, logged, memory)
+        self.regions[address, size] = logged, memory
+        for part in self.parts():
+            if part.start in range(address, address + size):
+                for unit in self.unmapped[memory] & set(part):
+                    self.dirty |= touched(part, unit, 1, self.log_page)
+                self.unmapped[memory] -= set(part)
+
+    @property
+    def log_page(self) -> int:
+        return max(1 << self.page, 4096 // UNIT)
 
     @rule(data=st.data())
     def unmap(self, data: st.DataObject) -> None:
         if self.regions:
             address, size = data.draw(st.sampled_from(sorted(self.regions)))
             self.log.unmap(address * UNIT, size * UNIT)
-            del self.regions[address, size]
+            _, memory = self.regions.pop((address, size))
+            self.unmapped[memory] |= self.dirty & set(range(address, address + size))
             self.dirty -= set(range(address, address + size))
         refused(errno.ENOENT, self.log.unmap, 1 << 50, UNIT)
 
@@ -334,6 +373,7 @@ class LogMachine(RuleBasedStateMachine):
             self.log.stop()
             self.ranges = None
             self.dirty.clear()
+            self.forget_unmapped()
         pairs = zip(sorted(cuts)[::2], sorted(cuts)[1::2], strict=False)
         ranges = tuple((low << shift, high - low << shift) for low, high in pairs)
         asked = [(iova * UNIT, length * UNIT) for iova, length in data.draw(st.permutations(ranges))]
@@ -345,6 +385,11 @@ class LogMachine(RuleBasedStateMachine):
         self.page, self.ranges = shift, ranges
 
     @rule()
+    def forget_unmapped(self) -> None:
+        self.log.forget_unmapped()
+        self.unmapped = {0: set(), 1: set()}
+
+    @rule()
     def start_again(self) -> None:
         if self.ranges is not None:
             self.log.start(UNIT << self.page, [(iova * UNIT, length * UNIT) for iova, length in self.ranges])
@@ -353,7 +398,7 @@ class LogMachine(RuleBasedStateMachine):
     def mark(self, address: int, length: int) -> None:
         self.log.mark(address * UNIT, length * UNIT)
         for part in self.parts():
-            self.dirty |= touched(part, address, length, max(1 << self.page, 4096 // UNIT))
+            self.dirty |= touched(part, address, length, self.log_page)
 
     @rule(iova=UNITS, length=st.integers(1, 200), shift=st.integers(0, 10), before=st.integers(0, 255))
     def report(self, iova: int, length: int, shift: int, before: int) -> None:
@@ -378,6 +423,7 @@ class LogMachine(RuleBasedStateMachine):
     def state(self) -> None:
         assert self.log.active == (self.ranges is not None)
         assert (self.log.count() == 0) == (not self.dirty)
+        assert self.log.incomplete == any(self.unmapped.values())
 
 
 TestLog = LogMachine.TestCase
@@ -444,8 +490,42 @@ def test_memory_is_bounded_exactly_and_given_back(monkeypatch: pytest.MonkeyPatc
         report(log, 1, 1, 1)
         assert log._budget.left == MAX_PIECES - 2
         log.unmap(0, size)
-        assert log._budget.left == MAX_PIECES
         log.map(0, size)
+        assert (log.count(), log._budget.left) == (1, MAX_PIECES)
+
+
+@pytest.mark.parametrize("bound", ["MAX_UNMAPPED", "MAX_LOG_MEMORY"])
+def test_what_is_kept_of_unmapped_memory_is_bounded(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bitmap_module, bound, 2)
+    log = DirtyLog()
+    log.start(4096)
+    for page in range(3):
+        log.map(page * 4096, 4096)
+        log.mark(page * 4096, 1)
+        report(log, page * 4096, 1, 1)
+        log.unmap(page * 4096, 4096)
+        assert log.incomplete
+    assert log._budget.left == MAX_PIECES
+    log.map(0, 2 * 4096)
+    assert (log.count(), log.incomplete) == (0, True)
+    log.mark(0, 1)
+    log.unmap(0, 2 * 4096)
+    assert log._budget.left == MAX_PIECES
+    log.stop()
+    log.start(4096)
+    assert not log.incomplete
+
+
+def test_what_was_reported_of_unmapped_memory_does_not_come_back() -> None:
+    log = DirtyLog()
+    log.start(4096)
+    log.map(0, 1 << 20)
+    log.mark(0, 1 << 20)
+    assert report(log, 0, 1 << 20, 4096) == set(range(256))
+    log.unmap(0, 1 << 20)
+    assert not log.incomplete
+    log.map(0, 1 << 20)
+    assert log.count() == 0
 
 
 def test_the_lock_is_held() -> None:
@@ -457,6 +537,8 @@ def test_the_lock_is_held() -> None:
         lambda: log.mark(0, 1),
         lambda: report(log, 0, 4096, 4096),
         lambda: log.unmap(0, 8192),
+        lambda: log.incomplete,
+        log.forget_unmapped,
         log.stop,
     )
     for done, call in enumerate(calls, start=1):

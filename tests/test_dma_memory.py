@@ -321,6 +321,35 @@ def test_unmap_all_frees_everything_and_leaves_logging_on() -> None:
     memory.unmap_all()
 
 
+def test_what_was_dirty_comes_back_with_the_memory_that_can_be_written(memory: GuestMemory) -> None:
+    fd = memfd()
+    memory.log.start(4096)
+    memory.map(0, 4 * PAGE, RW, OwnedFd.duplicate(fd.fileno()))
+    memory.write(3 * PAGE, b"1")
+    memory.unmap(0, 4 * PAGE)
+    for address, flags, offset in ((2 * PAGE, RW, 0), (2 * PAGE, READ, 2 * PAGE), (3 * PAGE, RW, 0)):
+        memory.map(address, 2 * PAGE, flags, OwnedFd.duplicate(fd.fileno()), offset)
+        assert dirty(memory, 0, 5 * PAGE) == set()
+        memory.unmap(address, 2 * PAGE)
+    memory.map(2 * PAGE, 2 * PAGE, RW, None)
+    assert dirty(memory, 0, 4 * PAGE) == set()
+    memory.unmap(2 * PAGE, 2 * PAGE)
+    memory.map(2 * PAGE, 2 * PAGE, WRITE | FILE_IO, fd, 2 * PAGE)
+    assert dirty(memory, 0, 4 * PAGE, PAGE) == {3}
+    assert not memory.log.incomplete
+
+
+def test_what_a_client_that_left_had_unmapped_is_forgotten(memory: GuestMemory) -> None:
+    memory.messages = Client()
+    memory.log.start(4096)
+    memory.map(0, PAGE, RW, memfd())
+    memory.write(0, b"1")
+    memory.unmap(0, PAGE)
+    assert memory.log.incomplete
+    memory.messages = None
+    assert not memory.log.incomplete
+
+
 def test_a_region_goes_when_nobody_holds_the_memory() -> None:
     gc.collect()
     fds, maps = open_fds(), mappings()

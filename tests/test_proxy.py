@@ -22,6 +22,7 @@ from vfio_user import Client, Irq, Region, Server, ServerBackend
 from vfio_user.client.control import AccessMode, ControlClient
 from vfio_user.devices.edu import Edu
 from vfio_user.errors import CommandError, ConnectionClosedError, MigrationError
+from vfio_user.fds import OwnedFd
 from vfio_user.filters.base import Filter
 from vfio_user.live.offer import DeviceOffer
 from vfio_user.testing.leaks import no_fd_leaks
@@ -354,6 +355,17 @@ class Wants(Filter):
         return self.backend.dma_logging_start(page_size, ranges)
 
 
+class Silent(Filter):
+    """Does not say what it logged."""
+
+    silent = True
+
+    def dma_logging_report(self, iova: int, length: int, page_size: int, bitmap: memoryview) -> None:
+        if self.silent:
+            raise OSError(errno.EIO, "who knows")
+        self.backend.dma_logging_report(iova, length, page_size, bitmap)
+
+
 def test_a_log_that_wants_to_be_told_is_told_what_is_mapped() -> None:
     with bench_before(Wants(Pad())) as bench:
         primary, control = bench.primary(), bench.control()
@@ -367,6 +379,25 @@ def test_a_log_that_wants_to_be_told_is_told_what_is_mapped() -> None:
         control.migration_set_state(DeviceState.STOP)
         with Answering(primary):
             assert control.push() == 5
+
+
+@pytest.mark.parametrize(("kind", "pages"), [(Filter, 1), (Wants, 1), (Silent, 16)])
+def test_what_was_logged_of_memory_that_is_mapped_anew_is_pushed(kind: type[Filter], pages: int) -> None:
+    """The server forgets it; one that does not tell before may have written to all of it."""
+    device = kind(Pad())
+    with bench_before(device) as bench, guest_memory(16 * PAGE) as fd:
+        primary, control = bench.primary(), bench.control()
+        primary.dma_map(RAM, 16 * PAGE, fd)
+        assert control.dma_logging_start(PAGE) == PAGE
+        bench.dirty(primary, RAM + PAGE)
+        primary.dma_unmap(RAM, 16 * PAGE)
+        control.migration_set_state(DeviceState.STOP)
+        assert refusal(control.push) == errno.ENOTRECOVERABLE
+        primary.dma_map(RAM, 16 * PAGE, fd, memory=bytearray(16 * PAGE))
+        if isinstance(device, Silent):
+            device.silent = False
+        with Answering(primary):
+            assert control.push() == pages
 
 
 def test_what_a_standing_server_does_not_take_is_done_when_it_runs(events: list[Event]) -> None:
@@ -384,6 +415,50 @@ def test_what_a_standing_server_does_not_take_is_done_when_it_runs(events: list[
         events[0].wait()
         bench.dirty(primary, RAM)
         assert (shared[:8], old[:8]) == (b"\xdd" * 8, bytes(8))
+
+
+class Small(Filter):
+    """Has no room for memory at an address."""
+
+    def dma_map(self, flags: int, offset: int, address: int, size: int, fd: OwnedFd | None) -> None:
+        if address == 0:
+            raise OSError(errno.ENOSPC, "no room")
+        self.backend.dma_map(flags, offset, address, size, fd)
+
+
+def test_a_refusal_of_what_was_put_off_keeps_nothing_else_from_being_done(events: list[Event]) -> None:
+    pad = Pad()
+    with bench_before(Strict(Small(pad))) as bench, guest_memory(PAGE) as fd:
+        primary, control = bench.primary(), bench.control()
+        primary.set_irqs(PciIrq.INTX, LISTEN, 0, 1, [events[1].fd])
+        primary.region_write(BAR0, LEVEL, b"\1")
+        control.migration_set_state(DeviceState.STOP)
+        events[1].take()
+        primary.dma_map(0, PAGE, fd)
+        primary.dma_map(RAM, PAGE, fd)
+        assert refusal(lambda: control.migration_set_state(DeviceState.RUNNING)) == errno.ENOSPC
+        assert control.migration_get_state() is DeviceState.RUNNING
+        assert [address for address, _, _ in pad.dma] == [RAM]
+        assert events[1].take()
+        primary.dma_map(2 * RAM, PAGE, fd)
+        primary.set_irqs(PciIrq.MSIX, LISTEN, 0, 1, [events[0].fd])
+        assert [address for address, _, _ in pad.dma] == [RAM, 2 * RAM]
+        pad.irq.trigger(0)
+        events[0].wait()
+
+
+def test_what_was_put_off_is_done_when_a_reset_has_the_device_run() -> None:
+    pad = Pad()
+    with bench_before(Strict(pad)) as bench, guest_memory(PAGE) as fd:
+        primary, control = bench.primary(), bench.control()
+        control.migration_set_state(DeviceState.STOP_COPY)
+        primary.region_write(CONFIG, COMMAND, b"\6\0")  # the reset would have undone that
+        primary.dma_map(RAM, PAGE, fd)
+        primary.reset()
+        assert [address for address, _, _ in pad.dma] == [RAM]
+        assert primary.region_read(CONFIG, COMMAND, 2) == b"\0\0"
+        primary.dma_unmap(RAM, PAGE)
+        assert not len(pad.dma)
 
 
 def test_config_space_can_be_used_while_the_server_refuses_that() -> None:

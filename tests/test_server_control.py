@@ -374,6 +374,44 @@ def test_push_refuses_what_makes_no_sense(bench: Bench) -> None:
     assert primary.migration_get_state() is DeviceState.STOP
 
 
+def test_push_says_that_the_vmm_cannot_be_told_of_all(bench: Bench) -> None:
+    control, primary = bench.control(), bench.primary()
+    control.dma_logging_start(PAGE)
+    with guest_memory(16 * PAGE) as fd, guest_memory(16 * PAGE) as other:
+        primary.dma_map(RAM, 16 * PAGE, fd)
+        bench.dirty(primary, RAM, RAM + 8 * PAGE)
+        primary.dma_unmap(RAM, 16 * PAGE)
+        control.migration_set_state(DeviceState.STOP)
+        assert refusal(control.push) == errno.ENOTRECOVERABLE
+        for offset, file in ((PAGE, fd), (0, other)):  # other memory at these addresses
+            primary.dma_map(RAM, 8 * PAGE, file, offset=offset)
+            assert control.status().dirty_pages == 0
+            assert refusal(control.push) == errno.ENOTRECOVERABLE
+            primary.dma_unmap(RAM, 8 * PAGE)
+        for page in (0, 8):  # the same memory, in other regions
+            primary.dma_map(RAM + page * PAGE, 8 * PAGE, fd, offset=page * PAGE, memory=bytearray(8 * PAGE))
+        assert control.status().dirty_pages == 2
+        with Answering(primary):
+            assert control.push() == 2
+
+
+def test_what_a_client_took_or_left_behind_does_not_keep_the_next_from_a_push(bench: Bench) -> None:
+    control = bench.control()
+    control.dma_logging_start(PAGE)
+    with Client.connect(bench.path, TIMEOUT) as primary, guest_memory(PAGE) as fd:
+        primary.dma_map(RAM, PAGE, fd)
+        bench.dirty(primary, RAM)
+        primary.dma_unmap(RAM, PAGE, page_size=PAGE)
+        control.migration_set_state(DeviceState.STOP)
+        assert control.push() == 0
+        control.migration_set_state(DeviceState.RUNNING)
+        primary.dma_map(RAM, PAGE, fd)
+        bench.dirty(primary, RAM)
+    bench.primary()
+    control.migration_set_state(DeviceState.STOP)
+    assert control.push() == 0
+
+
 def test_push_of_a_backend_that_tells_nothing() -> None:
     with bench_of(ServerBackend()) as bench:
         bench.primary()

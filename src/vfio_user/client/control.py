@@ -50,8 +50,9 @@ class ControlClient(Client):
         """Have the VMM see as dirty what the device dirtied, by its own DMA log, which is clean then: pages of 4 KiB.
 
         Returns when the VMM has taken them all, within ``timeout`` seconds. Refused with EBUSY while the device runs,
-        ENOTCONN without a primary client, ENODATA while nothing is logged, and with what the VMM answers: QEMU's ENODEV
-        says that the guest has switched bus mastering off. The log is as before then.
+        ENOTCONN without a primary client, ENODATA while nothing is logged, ENOTRECOVERABLE where the device wrote to
+        memory that is not mapped any more, and with what the VMM answers: QEMU's ENODEV says that the guest has
+        switched bus mastering off. The log is as before then.
         """
         return self._run(calls.push(), timeout)
 

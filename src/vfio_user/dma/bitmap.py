@@ -10,8 +10,9 @@ Sources: vfio-user specification, sections "VFIO_DEVICE_FEATURE_DMA_LOGGING_STAR
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 from bitarray import bitarray
 
@@ -23,6 +24,8 @@ MAX_LOG_MEMORY = 256 << 20
 """Bytes that all bitmaps of one log may take: those of 8 TiB in pages of 4 KiB."""
 MAX_PIECES = 65536
 """Pieces of pages that one log remembers as still dirty after reports that ended within a page."""
+MAX_UNMAPPED = 1024
+"""Bitmaps of unmapped memory that one log keeps, together of no more than MAX_LOG_MEMORY, beside those in use."""
 
 _ROUND_COST = 128
 """What one round of a Python loop over a bitmap costs, in bits that a strided copy moves in the same time."""
@@ -158,9 +161,20 @@ class DirtyBitmap:
         ``page_size``, has a dirty byte; no bit is cleared. ``out`` has at least :func:`bitmap_size` bytes.
         """
         low, high = max(iova, self.address), min(iova + length, self._end)
-        if low >= high:
-            return
-        report = _Report(iova, page_size, out)
+        if low < high:
+            self._report(low, high, _Report(iova, page_size, out))
+
+    def move_to(self, other: DirtyBitmap) -> None:
+        """Make dirty there, in whole pages, what is dirty here of the range of ``other``, and exactly that clean here.
+
+        Both have the same page size, and no page of ``other`` was reported in part.
+        """
+        low, high = max(self.address, other.address), min(self._end, other._end)
+        if low < high:
+            self._report(low, high, _Report(other._page_address(0), 1 << self._shift, other._bytes))
+
+    def _report(self, low: int, high: int, report: _Report) -> None:
+        """Report and clean [low, high), which lies in the range and is not empty."""
         first = (low >> self._shift) - self._first_page
         last = (high - 1 >> self._shift) - self._first_page
         within_page = (1 << self._shift) - 1
@@ -328,11 +342,60 @@ def _split(pieces: list[tuple[int, int]], low: int, high: int) -> tuple[list[tup
     return [p for p in inside if p[0] < p[1]], [p for p in outside if p[0] < p[1]]
 
 
+class UnmappedMarks:
+    """What was dirty of memory when that was unmapped, until the same memory is mapped there again.
+
+    True: there is some, or was some that there was no room for.
+    """
+
+    __slots__ = ("_kept", "_lost")
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Hashable, DirtyBitmap]] = []
+        self._lost = False
+
+    def __bool__(self) -> bool:
+        return self._lost or bool(self._kept)
+
+    def keep(self, memory: Hashable, bitmap: DirtyBitmap) -> None:
+        """Take over the bitmap of what ``memory`` was mapped."""
+        if bitmap.count():
+            self._kept.append((memory, bitmap))
+        nbytes = sum(kept.nbytes for _, kept in self._kept)
+        if self._lost or len(self._kept) > MAX_UNMAPPED or nbytes > MAX_LOG_MEMORY:
+            self.clear()
+            self._lost = True
+
+    def give_back(self, memory: Hashable, bitmap: DirtyBitmap) -> None:
+        """``memory`` is mapped where ``bitmap``, a new one, says: what is known to be dirty of it goes there."""
+        for entry in list(self._kept):
+            known, kept = entry
+            if known == memory:
+                kept.move_to(bitmap)
+                if not kept.count():
+                    self._kept.remove(entry)
+
+    def clear(self) -> None:
+        for _, bitmap in self._kept:
+            bitmap.clear()
+        self._kept.clear()
+        self._lost = False
+
+
+class _Mapped(NamedTuple):
+    """A region: see :meth:`DirtyLog.map`."""
+
+    logged: bool
+    memory: Hashable
+
+
 class DirtyLog:
     """DMA logging of one device: which pages it wrote, of what is mapped and in the ranges that were asked for.
 
     There is a bitmap for each part of a mapped region that lies in a range, made when logging starts or the region
-    is mapped, gone when logging stops or the region is unmapped.
+    is mapped, gone when logging stops or the region is unmapped. What is dirty then and was not reported is dirty
+    again when the same memory is mapped there again: a VMM maps its regions anew whenever they change at an end, and
+    need not ask what was dirty before.
 
     ``lock`` is held during each call. A device whose threads mark pages while another one reports gives a
     ``threading.Lock``, or marks that fall into a report may be lost.
@@ -340,7 +403,7 @@ class DirtyLog:
 
     def __init__(self, lock: AbstractContextManager[object] | None = None) -> None:
         self._lock: AbstractContextManager[object] = lock if lock is not None else nullcontext()
-        self._regions: IovaTable[bool] = IovaTable()
+        self._regions: IovaTable[_Mapped] = IovaTable()
         self._reset()
 
     def _reset(self) -> None:
@@ -350,6 +413,7 @@ class DirtyLog:
         self._budget = PieceBudget()
         self._ranges: IovaTable[None] = IovaTable()
         self._bitmaps: IovaTable[DirtyBitmap] = IovaTable()
+        self._unmapped = UnmappedMarks()
 
     @property
     def active(self) -> bool:
@@ -359,6 +423,17 @@ class DirtyLog:
     def page_size(self) -> int:
         """Bytes of a log page, 0 while logging is off."""
         return self._page_size
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether pages are dirty that nobody can be told of: of memory that was unmapped and is not there again."""
+        with self._lock:
+            return bool(self._unmapped)
+
+    def forget_unmapped(self) -> None:
+        """What was unmapped is nobody's memory any more."""
+        with self._lock:
+            self._unmapped.clear()
 
     def count(self) -> int:
         """How many log pages are dirty. A page that two regions share counts for each."""
@@ -377,8 +452,11 @@ class DirtyLog:
                 bitmap.clear()
             return runs
 
-    def map(self, address: int, size: int, logged: bool = True) -> None:
+    def map(self, address: int, size: int, logged: bool = True, memory: Hashable = None) -> None:
         """A region of memory is there from now on. One that is not ``logged`` reads clean.
+
+        ``memory`` is equal for the same memory at the same addresses: what was dirty of it when it was unmapped is
+        dirty again.
 
         Raises OSError: EINVAL or EEXIST for a range that cannot be added, ENOMEM where logging is on and there is
         no room for the region's bitmap.
@@ -386,17 +464,18 @@ class DirtyLog:
         with self._lock:
             self._regions.check(address, size)
             if logged:
-                self._log(list(self._in_ranges(address, size)))
-            self._regions.add(address, size, logged)
+                for bitmap in self._log(list(self._in_ranges(address, size))):
+                    self._unmapped.give_back(memory, bitmap)
+            self._regions.add(address, size, _Mapped(logged, memory))
 
     def unmap(self, address: int, size: int) -> None:
-        """The region is gone, and what was dirty of it. Raises OSError(ENOENT) where there is none."""
+        """The region is gone; what is dirty of it waits for :meth:`map`. Raises OSError(ENOENT) where there is none."""
         with self._lock:
-            self._regions.remove(address, size)
+            region = self._regions.remove(address, size)
             for start, length, bitmap in self._bitmaps.overlapping(address, size):
                 self._bitmaps.remove(start, length)
                 self._nbytes -= bitmap.nbytes
-                bitmap.clear()
+                self._unmapped.keep(region.memory, bitmap)
 
     def start(self, page_size: int, ranges: Sequence[tuple[int, int]] = ()) -> int:
         """Log what is written in ``ranges``, (iova, length) pairs; no ranges mean everything.
@@ -421,7 +500,7 @@ class DirtyLog:
         self._page_size = min(max(page_size, MIN_LOG_PAGE), MAX_LOG_PAGE)
         for iova, length in ranges or ((0, ADDRESS_SPACE),):
             self._ranges.add(iova, length, None)
-        logged = [(address, size) for address, size, wanted in self._regions if wanted]
+        logged = [(address, size) for address, size, region in self._regions if region.logged]
         try:
             self._log([part for region in logged for part in self._in_ranges(*region)])
         except BaseException:
@@ -475,14 +554,16 @@ class DirtyLog:
             first = max(start, address)
             yield first, min(start + length, address + size) - first
 
-    def _log(self, parts: Sequence[tuple[int, int]]) -> None:
+    def _log(self, parts: Sequence[tuple[int, int]]) -> list[DirtyBitmap]:
         """Make the bitmaps of the (address, size) ``parts``, all or none."""
         nbytes = sum((page_count(*part, self._page_size) + 7) // 8 for part in parts)
         if self._nbytes + nbytes > MAX_LOG_MEMORY:
             raise OSError(errno.ENOMEM, f"dirty bitmaps would take {self._nbytes + nbytes:#x} bytes")
-        for address, size in parts:
-            self._bitmaps.add(address, size, DirtyBitmap(address, size, self._page_size, self._budget))
+        bitmaps = [DirtyBitmap(*part, self._page_size, self._budget) for part in parts]
+        for bitmap in bitmaps:
+            self._bitmaps.add(bitmap.address, bitmap.size, bitmap)
         self._nbytes += nbytes
+        return bitmaps
 
 
 def _join(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -177,12 +177,17 @@ class GuestMemory:
 
     @property
     def messages(self) -> MessageDma | None:
-        """How to reach the regions that came without a file descriptor; without it, accesses there are EFAULT."""
+        """How to reach the regions that came without a file descriptor; without it, accesses there are EFAULT.
+
+        Without it there is no client, too, and what one had unmapped is no concern of the next.
+        """
         return self._port.messages
 
     @messages.setter
     def messages(self, messages: MessageDma | None) -> None:
         self._port.messages = messages
+        if messages is None:
+            self.log.forget_unmapped()
 
     def __len__(self) -> int:
         """How many regions are mapped."""
@@ -221,7 +226,7 @@ class GuestMemory:
             raise OSError(errno.ENOSPC, f"{MAX_REGIONS} regions are mapped already")
         region = self._open(address, size, flags, fd, offset, identity)
         try:
-            self.log.map(address, size, region.logged)
+            self.log.map(address, size, region.logged and bool(flags & WRITE), _memory(identity, address))
         except BaseException:
             region.close()
             raise
@@ -238,7 +243,7 @@ class GuestMemory:
         return _MappedRegion(flags, identity, self._files.map(fd.fileno(), offset, size, prot))
 
     def unmap(self, address: int, size: int) -> None:
-        """Take away exactly this region, and what was logged of it. Raises OSError(ENOENT) where there is none."""
+        """Take away exactly this region. Raises OSError(ENOENT) where there is none."""
         region = self._regions.remove(address, size)
         self.log.unmap(address, size)
         region.close()
@@ -402,6 +407,12 @@ def _identity(flags: int, fd: OwnedFd | None, offset: int, size: int) -> tuple[i
         raise OSError(errno.EINVAL, f"no file reaches to {offset:#x} + {size:#x}")
     status = os.fstat(fd.fileno())
     return flags, offset, status.st_dev, status.st_ino
+
+
+def _memory(identity: tuple[int, ...], address: int) -> tuple[int, ...]:
+    """What is the same wherever the same memory is mapped at the same addresses."""
+    _, offset, *file = identity
+    return offset - address, *file
 
 
 def _some(count: int, otherwise: str) -> int:

@@ -364,7 +364,8 @@ class Control:
     def _push(self, context: Context, message: Message) -> Reply:
         """Have the primary client see as dirty what the device dirtied: all of it, or an error and the log as it was.
 
-        Raises OSError: ENOTCONN, ENOTSUP, ENODATA or EBUSY where that makes no sense, and what the client answers.
+        Raises OSError: ENOTCONN, ENOTSUP, ENODATA or EBUSY where that makes no sense, ENOTRECOVERABLE where the device
+        wrote to memory that was unmapped since and is not there again, and what the client answers.
         """
         primary, dma = self.primary, self._backend.dma
         if primary is None:
@@ -375,6 +376,8 @@ class Control:
             raise OSError(errno.ENODATA, "DMA is not being logged")
         if context.state() in RUNNING_STATES:
             raise OSError(errno.EBUSY, "the device runs: what it writes meanwhile could be overwritten")
+        if dma.log.incomplete:
+            raise OSError(errno.ENOTRECOVERABLE, "the device wrote to memory that is not mapped any more")
         runs = dma.log.take()
         try:
             pages = _push_runs(dma, primary, runs)

@@ -66,10 +66,15 @@ class SourceDevice:
         self._machine.barrier(self._function)
 
     def push(self, timeout: float) -> int:
-        """Have QEMU send what the device wrote; pages. Raises CommandError."""
+        """Have QEMU send what the device wrote; pages. Raises CommandError, MigrationError where it cannot be sent."""
         try:
             return self.control.push(timeout)
         except CommandError as error:
+            if error.errno == errno.ENOTRECOVERABLE:
+                raise MigrationError(
+                    f"{error.command} refused: the device wrote to memory that is not mapped any more:"
+                    " move it with --cold"
+                ) from error
             if error.errno != errno.ENODEV:
                 raise
         # The guest has switched its bus mastering off since: QEMU takes nothing from it then.

@@ -96,7 +96,7 @@ class ProxyBackend(ServerBackend):
         self._state = DeviceState.RUNNING
         self._interrupts = Interrupts([0] * PCI_NUM_IRQS)
         self._memory = GuestMemory()
-        self._memory.log = UpstreamLog(_RemoteLog(self))
+        self._memory.log = self._log = UpstreamLog(_RemoteLog(self))
         self.dma = self._memory
         self._put_off = PutOff()
         self._config = KeptConfig()
@@ -192,13 +192,13 @@ class ProxyBackend(ServerBackend):
         except CommandError as error:
             self._check_kept(region, offset, len(data), error)
         kept = bytes(data)
-        if not self._put_off.add(lambda core: core.region_write(region, offset, memoryview(kept), False)):
+        if not self._put_off.add(lambda core: core.region_write(region, offset, memoryview(kept), False), resets=True):
             raise OSError(errno.ENOSPC, "too much was written while the device stands")
         self._config.write(offset, kept)
 
     def dma_map(self, flags: int, offset: int, address: int, size: int, fd: OwnedFd | None) -> None:
         # To be read from for a push only: in the file, which nobody can make vanish beneath a mapping of ours.
-        access = flags & (READ | WRITE) if fd is None else READ | WRITE | FILE_IO
+        access = flags & (READ | WRITE) if fd is None else READ | flags & WRITE | FILE_IO
         kept = None if fd is None else OwnedFd.duplicate(fd.fileno())
         self._memory.map(address, size, access, kept, offset)
         try:
@@ -213,6 +213,7 @@ class ProxyBackend(ServerBackend):
             fd.close()
 
     def dma_unmap(self, flags: int, address: int, size: int) -> None:
+        self._log.fetch_last(address, size)
         self._ask_or_put_off(lambda core, _: core.dma_unmap(address, size, None))
         self._memory.unmap(address, size)
 
@@ -227,6 +228,9 @@ class ProxyBackend(ServerBackend):
     def reset(self) -> None:
         self.ask(lambda core: core.reset())
         self._interrupts.reset()
+        self._put_off.reset()
+        if self._put_off and self.migration_get_state() in RUNNING_STATES:
+            self._run()
 
     # Migration
 
@@ -258,13 +262,13 @@ class ProxyBackend(ServerBackend):
         return self.ask(lambda core: core.migration_data_size())
 
     def dma_logging_start(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> int:
-        return self._memory.log.start(page_size, ranges)
+        return self._log.start(page_size, ranges)
 
     def dma_logging_stop(self) -> None:
-        self._memory.log.stop()
+        self._log.stop()
 
     def dma_logging_report(self, iova: int, length: int, page_size: int, bitmap: memoryview) -> None:
-        self._memory.log.report(iova, length, page_size, bitmap)
+        self._log.report(iova, length, page_size, bitmap)
 
     # What some servers refuse while the device stands
 
@@ -307,9 +311,19 @@ class ProxyBackend(ServerBackend):
             raise OSError(errno.ENOSPC, "too much was asked for while the device stands")
 
     def _run(self) -> None:
-        """The device runs: do what was put off; have INTx raised again, if its cause stands (docs/proxy.md)."""
+        """The device runs: do what was put off; have INTx raised again, if its cause stands (docs/proxy.md).
+
+        Raises OSError: what the first of it was refused with, when the others are done.
+        """
         self._config = KeptConfig()
-        self._put_off.do(self.ask)
+        refusals = self._put_off.do(self.ask)
+        for refusal in refusals:
+            logger.warning("%s: what was put off while the device stood is not done: %s", self._path, refusal)
+        self._raise_intx()
+        if refusals:
+            raise refusals[0]
+
+    def _raise_intx(self) -> None:
         if self._interrupts.counts[INTX] and not self._interrupts.message_signalled:
             registers = bytearray(4)
             self.ask(lambda core: core.region_read_into(PciRegion.CONFIG, _COMMAND, memoryview(registers)))

@@ -59,7 +59,7 @@ class UpstreamLog(DirtyLog):
             if ranges or error.errno != errno.EINVAL:
                 raise
         # The kernel wants to be told what it is to log, and so may a server: what is mapped now.
-        mapped = _whole_pages([(address, size) for address, size, logged in self._regions if logged], page_size)
+        mapped = _whole_pages([(address, size) for address, size, region in self._regions if region.logged], page_size)
         return self._remote.start(page_size, mapped), _table(mapped)
 
     def stop(self) -> None:
@@ -80,10 +80,18 @@ class UpstreamLog(DirtyLog):
         self._fetch(iova, length)
         super().report(iova, length, page_size, out)
 
+    def fetch_last(self, address: int, size: int) -> None:
+        """Before the server unmaps a region, and forgets its marks: all of it counts as dirty if it does not tell."""
+        if self.active:
+            try:
+                self._fetch(address, size)
+            except OSError:
+                self.mark(address, size)
+
     def _fetch(self, iova: int = 0, length: int = ADDRESS_SPACE) -> None:
         """Mark what the server has marked since in the regions of a range; all of what it does not log."""
-        for region, size, logged in self._regions.overlapping(iova, length):
-            for start, count in self._in_ranges(region, size) if logged else ():
+        for address, size, region in self._regions.overlapping(iova, length):
+            for start, count in self._in_ranges(address, size) if region.logged else ():
                 if self._is_covered(start, count):
                     self._fetch_part(start, count)
                 else:

@@ -6,11 +6,11 @@ regions in STOP_COPY. Whoever moves a guest needs config space then, and QEMU ne
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from vfio_user.client.core import Call, ClientCore
+from vfio_user.errors import CommandError
 
 MAX_PUT_OFF = 4096
 """Commands that may wait for the device to run."""
@@ -23,22 +23,35 @@ class PutOff:
     """Commands that the server does not take now, in order. True: there are some."""
 
     def __init__(self) -> None:
-        self._calls: deque[Ask] = deque()
+        self._calls: list[tuple[Ask, bool]] = []
 
     def __bool__(self) -> bool:
         return bool(self._calls)
 
-    def add(self, call: Ask) -> bool:
-        """Whether there is room for it."""
+    def add(self, call: Ask, *, resets: bool = False) -> bool:
+        """Whether there is room for it. ``resets``: a reset undoes it."""
         if len(self._calls) >= MAX_PUT_OFF:
             return False
-        self._calls.append(call)
+        self._calls.append((call, resets))
         return True
 
-    def do(self, ask: Callable[[Ask], object]) -> None:
-        """Have all of them done. What one is refused with is raised; those behind it are left."""
-        while self._calls:
-            ask(self._calls.popleft())
+    def reset(self) -> None:
+        """The device was reset: forget what that undid."""
+        self._calls = [entry for entry in self._calls if not entry[1]]
+
+    def do(self, ask: Callable[[Ask], object]) -> list[CommandError]:
+        """Have all of them done, whatever one is refused with, and leave none. Returns the refusals.
+
+        Whatever else ``ask`` raises is raised: the server is gone then.
+        """
+        refusals, calls = [], self._calls
+        self._calls = []
+        for call, _ in calls:
+            try:
+                ask(call)
+            except CommandError as error:
+                refusals.append(error)
+        return refusals
 
 
 class KeptConfig:
