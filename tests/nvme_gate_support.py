@@ -95,6 +95,14 @@ class GatedStorage(MemoryStorage):
         super().write_zeroes(offset, length, unmap=unmap)
 
 
+class SlowToAcquire(GatedStorage):
+    """A server that does not answer, or answers late."""
+
+    def acquire(self) -> None:
+        self._pass("acquire")
+        super().acquire()
+
+
 class Desk:
     """A controller, its guest, and a driver that polls; ``listen`` is for the interrupts of one index."""
 

@@ -50,6 +50,7 @@ from .nvme_gate_support import (
     DirectRegisters,
     GatedStorage,
     MessageGuest,
+    SlowToAcquire,
     controller_of,
     gated,
     settle,
@@ -105,14 +106,6 @@ def waits(desk: Desk, queue: QueuePair, count: int) -> bool:
 
 
 # Enabling
-
-
-class SlowToAcquire(GatedStorage):
-    """A server that does not answer, or answers late."""
-
-    def acquire(self) -> None:
-        self._pass("acquire")
-        super().acquire()
 
 
 class TestEnable:

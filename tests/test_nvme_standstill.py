@@ -46,6 +46,7 @@ from .nvme_gate_support import (
     DirectRegisters,
     GatedStorage,
     MessageGuest,
+    SlowToAcquire,
     controller_of,
     gated,
     settle,
@@ -671,6 +672,29 @@ def test_a_storage_that_hangs_when_all_is_to_be_durable(impatient: None) -> None
         desk.driver.flush()
         desk.guest.client.migration_set_state(DeviceState.STOP)
         assert not storage.acquired
+
+
+def test_a_storage_that_hangs_when_the_guest_comes(impatient: None) -> None:
+    """Then the device does not run, and the storage is left to the other side when it comes to itself."""
+    storage = SlowToAcquire()
+    with gated(storage) as desk:
+        client = desk.guest.client
+        client.migration_set_state(DeviceState.STOP)
+        storage.gate.clear()
+        storage.calls.clear()
+        for _ in range(2):
+            with pytest.raises(CommandError) as caught:
+                client.migration_set_state(DeviceState.RUNNING)
+            assert caught.value.errno == errno.ETIMEDOUT
+            assert client.migration_get_state() is DeviceState.STOP
+        assert storage.calls == ["acquire"]
+        storage.gate.set()
+        until(lambda: all_ended(desk.device))
+        assert not storage.acquired
+        client.migration_set_state(DeviceState.RUNNING)
+        assert storage.acquired
+        desk.driver.create_queue_pair()
+        desk.driver.flush()
 
 
 def test_a_stopped_controller_takes_no_storage() -> None:

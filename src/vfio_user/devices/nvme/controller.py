@@ -501,20 +501,12 @@ class Nvme(Device):
             if not runs and (ran or state is DeviceState.STOP_COPY):  # a reset may have come since it was stopped
                 self._standstill.end_all()
             if ran and not runs and self.executor.enabled:
-                self._flush()
+                self._standstill.have_done(self.namespaces.flush)
             if runs and not ran:
-                self.namespaces.acquire()
+                self._standstill.have_done(self.namespaces.acquire, undo=self.namespaces.release)
             super().migration_set_state(state)
         finally:
             self._follow_migration()
-
-    def _flush(self) -> None:
-        """By a worker: a storage that hangs does not have the server hang. Raises OSError, ETIMEDOUT too."""
-        errors: list[BaseException | None] = []
-        self.executor.workers.start(self.namespaces.flush, lambda result, error: errors.append(error))
-        self._standstill.end_all()
-        for error in filter(None, errors):
-            raise error
 
     def reset(self) -> None:
         super().reset()

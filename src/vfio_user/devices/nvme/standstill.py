@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from enum import Flag, auto
 
@@ -11,6 +12,7 @@ from vfio_user.devices.nvme.constants import CQE_SIZE, SQE_SIZE
 from vfio_user.devices.nvme.doorbells import BUFFER
 from vfio_user.devices.nvme.execution import Executor
 from vfio_user.devices.nvme.queues import Ring
+from vfio_user.devices.nvme.workers import Work
 from vfio_user.dma.memory import GuestMemory
 
 logger = logging.getLogger("vfio_user.devices.nvme")
@@ -102,6 +104,30 @@ class Standstill:
             self._follow()
         if self._executor.kept:
             raise OSError(errno.EBUSY, f"{self._executor.kept} commands cannot be completed: their queues are nowhere")
+
+    def have_done(self, work: Work, *, undo: Work | None = None) -> None:
+        """Have a worker do ``work`` while all stands still: a storage that hangs does not have the server hang. If it
+        succeeds when nobody waits for it any more, the worker does ``undo``.
+
+        Raises what it raises, and OSError(ETIMEDOUT).
+        """
+        errors: list[BaseException | None] = []
+        waiting, deciding = True, threading.Lock()
+
+        def worked() -> int:
+            result = work()
+            with deciding:
+                return result if waiting or undo is None else undo()
+
+        self._executor.quiesce(QUIESCE_TIMEOUT)  # such work of before, which is not undone yet
+        self._executor.workers.start(worked, lambda result, error: errors.append(error))
+        try:
+            self._executor.quiesce(QUIESCE_TIMEOUT)
+        finally:
+            with deciding:
+                waiting = False
+        for error in filter(None, errors):
+            raise error
 
     # The bus master bit
 
