@@ -76,6 +76,8 @@ def test_a_program_without_an_end(edu: Path) -> None:
         (["read", "EDU", "bar0+0", "--device", "nosuch"], "no device 'nosuch'"),
         (["write", "EDU", "bar0+0=0", "--device", "nosuch"], "no device 'nosuch'"),
         (["serve", "edu", "--socket-path", "x", "--fd", "3"], "edu takes --socket-path or --fd, not both"),
+        (["proxy", "a", "--socket-path", "./a", "--control", "b"], "UPSTREAM, --socket-path and --control are three"),
+        (["proxy", "a", "--socket-path", "b", "--control", "b"], "UPSTREAM, --socket-path and --control are three"),
         (["guest", "--socket", "/nowhere", "true"], "/nowhere: no socket is there"),
     ],
 )

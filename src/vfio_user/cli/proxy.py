@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from vfio_user.cli.options import seconds
+from vfio_user.errors import UsageError
 from vfio_user.server import Server
 from vfio_user.tools.interrupts import END_SIGNALS
 from vfio_user.tools.proxy import ProxyBackend
@@ -43,6 +44,8 @@ def proxy(upstream: Path, socket_path: Path, control: Path, timeout: float, max_
 
     Runs until SIGTERM. The server is connected to when a VMM comes, and left when that leaves.
     """
+    if len({path.resolve() for path in (upstream, socket_path, control)}) < 3:
+        raise UsageError("UPSTREAM, --socket-path and --control are three sockets")
     raise_fd_limit()
     backend = ProxyBackend(upstream, timeout=timeout, max_write=max_write)
     with closing(backend), Server(backend, socket_path, control=control) as server:
