@@ -260,7 +260,7 @@ class QemuMachine:
             end = _how_it_ended(self._process.wait(grace))
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait(self.timeout)
+            self._process.wait()  # it ends, however busy the machine is
             end = "killed"
         self._undo.close()
         return end
