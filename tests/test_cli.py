@@ -12,10 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from vfio_user import Client
+from vfio_user.cli.qemu import carry_out
+from vfio_user.errors import MigrationError
+from vfio_user.live.qemu import QemuSave, SnapshotReport
 from vfio_user.tools.location import Location, parse_assignment
 
 COMMAND = [sys.executable, "-m", "vfio_user"]
@@ -331,6 +335,27 @@ def test_what_fails_is_named(edu: Path, tmp_path: Path) -> None:
         done = run(*arguments)
         assert done.returncode == status, arguments
         assert culprit in done.stderr.splitlines()[-1], arguments
+
+
+def test_what_fails_drives_no_terminal() -> None:
+    done = run("info", "\x1b[31m")
+    assert (done.returncode, done.stderr) == (1, "vfio-user: [31m: No such file or directory\n")
+
+
+class Interrupted:
+    """Something to be carried out that Ctrl-C ends, after which not all could be undone."""
+
+    def __init__(self) -> None:
+        self.report = SnapshotReport()
+
+    def run(self) -> None:
+        self.report.error = "interrupted by SIGINT; while rolling back: the source QEMU: its monitor is gone"
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_does_not_hide_what_was_not_undone() -> None:
+    with pytest.raises(MigrationError, match="while rolling back: the source QEMU: its monitor is gone"):
+        carry_out(cast("QemuSave", Interrupted()), "saving to a[/b]", as_json=False)
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,44 @@ def test_the_page_of_a_migration(pair: tuple[Served, Served], tmp_path: Path) ->
     assert "completed" in page
 
 
+def test_a_page_that_could_not_be_written_is_found_before_anything_moves(
+    pair: tuple[Served, Served], tmp_path: Path
+) -> None:
+    source, destination = pair
+    done = run("migrate", source.path, destination.path, "--html", tmp_path / "none" / "page.html")
+    assert complaint(done).endswith("none/page.html: No such file or directory")
+    expect_source_runs_on(source)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("reader", ["a full disk", "nobody"])
+def test_a_report_that_cannot_be_printed_makes_no_failure(
+    pair: tuple[Served, Served], tmp_path: Path, reader: str, options: list[str]
+) -> None:
+    source, destination = pair
+    command = [*COMMAND, "migrate", str(source.path), str(destination.path), "--html", "/dev/full", *options]
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open(theirs, "wb") as closed, open("/dev/full", "wb") as full:
+        stdout = full if "disk" in reader else closed
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, timeout=TIMEOUT, check=False)
+    said = done.stderr.decode()
+    reason = "No space left on device" if "disk" in reader else "Broken pipe"
+    assert done.returncode == 0, said
+    assert f"vfio-user: the report is not printed: {reason}\n" in said
+    assert said.endswith("vfio-user: the page is not written: No space left on device\n")
+    expect_moved(source, destination)
+
+
+def test_a_report_for_a_terminal_with_few_letters(pair: tuple[Served, Served]) -> None:
+    source, destination = pair
+    command = [*COMMAND, "migrate", str(source.path), str(destination.path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=TIMEOUT, check=False)
+    assert (done.returncode, b"completed" in done.stdout) == (0, True), done.stderr
+    expect_moved(source, destination)
+
+
 def test_devices_that_do_not_fit_stay_where_they_are(serve: Serve) -> None:
     source, destination = serve("source"), serve("destination", "edu")
     source.mark()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,16 @@ from hypothesis import strategies as st
 
 from vfio_user.devices.edu import Edu
 from vfio_user.errors import CommandError, ConnectionClosedError, MigrationError
-from vfio_user.live.qemu import ClosedError, LateError, Monitor, MonitorError, NamedControl, Plan, RefusedError
+from vfio_user.live.qemu import (
+    ClosedError,
+    EndedMonitor,
+    LateError,
+    Monitor,
+    MonitorError,
+    NamedControl,
+    Plan,
+    RefusedError,
+)
 from vfio_user.live.qemu.config_image import SIZE, ConfigImage, ConfigWrite, MsixTable
 from vfio_user.live.qemu.debugger import Debugger
 from vfio_user.live.qemu.gdbstub import GdbStub
@@ -27,6 +38,7 @@ from vfio_user.live.qemu.handover import masked_vectors
 from vfio_user.live.qemu.incoming import Incoming
 from vfio_user.live.qemu.machine import Machine, PciFunction, path_text
 from vfio_user.live.qemu.monitor import MigrationInfo, RamProgress
+from vfio_user.live.qemu.outgoing import Outgoing
 from vfio_user.live.qemu.passes import Passes
 from vfio_user.live.report import Report, Status
 from vfio_user.live.text import report_text
@@ -292,6 +304,42 @@ def test_what_is_no_qmp_is_found_out(tmp_path: Path, says: bytes, reason: str) -
         Monitor("source", path, TIMEOUT)
 
 
+@pytest.mark.parametrize(
+    "says",
+    [
+        b'{"return": "\xff"}',
+        b"[" * 100_000,
+        b" " * (11 << 20),
+        b'{"return": {}, "id": []}',
+        b'{"return": ' + b"9" * 5000 + b"}",
+        b"[1]",
+        b'{"event": [], "data": 5}',
+        b'{"error": 5, "id": @}',
+    ],
+    ids=lambda says: repr(says[:20]),
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_nonsense_is_an_error_like_any_other(tmp_path: Path, says: bytes, before: bool) -> None:
+    """Before QEMU's monitor is ready for commands, and after."""
+
+    def talk(client: socket.socket) -> None:
+        client.sendall(json.dumps(GREETING).encode() + b"\n")
+        client.recv(4096)
+        if not before:
+            client.sendall(b'{"return": {}}\n')
+            number = json.loads(client.recv(4096))["id"]
+        with suppress(OSError):
+            client.sendall(says.replace(b"@", b'"x"' if before else json.dumps(number).encode()) + b"\n")
+            client.recv(4096)
+
+    with (
+        served(tmp_path / "qmp", talk) as path,
+        pytest.raises(MonitorError),
+        Monitor("source", path, 0.5) as monitor,
+    ):
+        monitor.status()
+
+
 def test_ctrl_c_while_connecting_leaves_nothing_under_way(tmp_path: Path) -> None:
     """Nor a word of what was: asyncio tells on stderr of tasks that are collected before they ended."""
 
@@ -332,6 +380,28 @@ def test_a_qemu_that_was_not_reached_may_be_there_still(tmp_path: Path) -> None:
         with pytest.raises(MigrationError, match="the destination QEMU may still be there: see that it ends"):
             Incoming(Machine(monitor), [], Debugger(monitor, TIMEOUT)).end(devices_ran=False)
     assert "quit" not in asked
+
+
+def test_a_qemu_that_was_late_once_has_all_the_time_to_end(tmp_path: Path) -> None:
+    def talk(client: socket.socket) -> None:
+        client.sendall(json.dumps(GREETING).encode() + b"\n")
+        client.recv(4096)
+        client.sendall(b'{"return": {}}\n')
+        client.recv(4096)  # query-status: no answer
+        command = json.loads(client.recv(4096))
+        client.sendall(json.dumps({"return": {}, "id": command["id"]}).encode() + b"\n")
+        time.sleep(0.1)  # and then it ends
+
+    with served(tmp_path / "qmp", talk) as path, Monitor("destination", path, 0.5) as monitor:
+        monitor.quit()
+
+
+def test_a_wait_for_a_qemu_that_is_gone_leaves_others_the_processor() -> None:
+    looks = itertools.count()
+    outgoing = Outgoing(Machine(EndedMonitor("source")), [], 0.2, lambda: None)
+    with pytest.raises(MigrationError, match=r"what it does not do not within 0\.2 s"):
+        outgoing.wait("what it does not do", lambda: next(looks) < 0)
+    assert next(looks) < 20
 
 
 def test_a_qemu_that_goes_when_told_to_has_ended(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ from vfio_user.live.qemu.snapshot_files import (
     MEMORY,
     Manifest,
     SavedDevice,
+    check_target,
     opened,
     written,
 )
@@ -262,6 +264,12 @@ def test_devices_that_cannot_be_are_refused(folder: Path, change: Change, reason
     assert reason in forge(folder, json.dumps(manifest).encode())
 
 
+def test_a_device_that_is_there_twice_is_refused(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["devices"][1]["path"] = manifest["devices"][0]["path"]
+    assert forge(folder, json.dumps(manifest).encode()) == f"{MANIFEST}: two devices in the same place"
+
+
 def test_more_devices_than_a_guest_can_have_are_refused(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     assert "of length <= 64 - at `$.devices`" in refusal(folder, {**manifest, "devices": manifest["devices"] * 33})
@@ -292,6 +300,27 @@ def test_what_is_not_published_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="No space left"):
         write_snapshot(tmp_path / "snapshot")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_whose_name_may_not_last_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def failing(number: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{number}")) == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_snapshot(tmp_path / "snapshot")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_parent_that_may_be_written_but_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody could have the name on disk there; who is root may read it all the same."""
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.R_OK)
+    with pytest.raises(PermissionError):
+        check_target(tmp_path / "snapshot")
 
 
 def test_all_is_on_disk_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,7 +476,7 @@ def test_a_peer_that_takes_no_file_is_named(tmp_path: Path, lent: int, answers: 
 
 def human(prints: str) -> dict[str, object]:
     """What a QEMU answers to all that is asked of it to have a gdbstub."""
-    return {"getfd": {}, "chardev-add": {}, "chardev-remove": {}, "human-monitor-command": prints}
+    return {"query-chardev": [], "getfd": {}, "chardev-add": {}, "chardev-remove": {}, "human-monitor-command": prints}
 
 
 @pytest.mark.parametrize(
@@ -455,8 +484,12 @@ def human(prints: str) -> dict[str, object]:
     [
         (human("no, this accelerator does not"), "does not start its gdbstub: no, this acc", "chardev-remove"),
         (human("Waiting for gdb connection"), r"gdbstub: (QEMU hangs up|Broken pipe)", "chardev-remove"),
-        ({"human-monitor-command": ""}, "cannot be handed a socket .* with --gdb: .* getfd: no getfd", "getfd"),
-        ({"getfd": {}}, "chardev-add: no chardev-add", "chardev-add"),
+        (
+            {"query-chardev": [], "human-monitor-command": ""},
+            "cannot be handed a socket .* with --gdb: .* getfd: no getfd",
+            "getfd",
+        ),
+        ({"query-chardev": [], "getfd": {}}, "chardev-add: no chardev-add", "chardev-add"),
     ],
 )
 def test_a_qemu_without_a_gdbstub_is_named_and_keeps_nothing(
@@ -468,6 +501,30 @@ def test_a_qemu_without_a_gdbstub_is_named_and_keeps_nothing(
         with pytest.raises(MigrationError, match=reason):
             Debugger(monitor, TIMEOUT).write(0x1000, b"data")
         assert asked[-1][0] == last
+
+
+def test_a_socket_that_a_killed_check_has_left_is_removed_first(tmp_path: Path) -> None:
+    asked: list[tuple[str, object]] = []
+    answers = human("Waiting for gdb connection") | {"query-chardev": [{"label": "vfio-user-gdb", "filename": "fd"}]}
+    with served(tmp_path / "qmp", lending(answers, asked)) as path, Monitor("destination", path, TIMEOUT) as monitor:
+        with pytest.raises(MigrationError, match="gdbstub: "):
+            Debugger(monitor, TIMEOUT).check()
+        assert [name for name, _ in asked[1:5]] == [
+            "query-chardev",
+            "human-monitor-command",
+            "chardev-remove",
+            "getfd",
+        ]
+
+
+@pytest.mark.parametrize("path", [None, "/ours"])
+def test_a_gdbstub_of_somebody_else_is_left_alone(tmp_path: Path, path: str | None) -> None:
+    asked: list[tuple[str, object]] = []
+    answers: dict[str, object] = {"query-chardev": [{"label": "gdb", "filename": "unix:/theirs,server=on"}]}
+    with served(tmp_path / "qmp", lending(answers, asked)) as qmp, Monitor("destination", qmp, TIMEOUT) as monitor:
+        with pytest.raises(MigrationError, match=r"has a gdbstub .*/theirs.*: end it first, by gdbserver none"):
+            Debugger(monitor, TIMEOUT, path).check()
+        assert asked[-1][0] == "query-chardev"
 
 
 def test_a_gdbstub_that_says_a_little_now_and_then_is_late(tmp_path: Path) -> None:

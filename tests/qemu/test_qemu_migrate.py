@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -16,7 +19,7 @@ from vfio_user import Bar, Device
 from vfio_user.devices.edu import Edu
 from vfio_user.devices.gpio import Gpio
 from vfio_user.errors import MigrationError
-from vfio_user.live.qemu import DevicePair, QemuMigration
+from vfio_user.live.qemu import DevicePair, EndedMonitor, QemuMigration
 from vfio_user.live.report import Status, Step
 from vfio_user.testing.qtest import QtestMachine
 from vfio_user.wire.constants import DeviceState
@@ -124,6 +127,34 @@ def test_a_paused_guest_stays_paused(bench: Bench, pair: tuple[Side, Side]) -> N
     source.machine.qmp("stop")
     list(bench.migration(source, destination).run())
     assert not destination.runs
+    assert moved_whole(destination.machine)
+
+
+def test_a_guest_that_is_paused_during_the_pre_copy_stays_paused(bench: Bench, pair: tuple[Side, Side]) -> None:
+    source, destination = pair
+    source.machine.write(0x100_0000, os.urandom(1 << 20))
+    pause = at(lambda: job, "pre-copy", lambda: source.machine.qmp("stop"))
+    job = bench.migration(source, destination, check=pause, bandwidth=2 << 20)
+    list(job.run())
+    assert not destination.runs
+    assert moved_whole(destination.machine)
+
+
+def test_with_force_the_guest_stands_still_however_long_it_takes(bench: Bench, pair: tuple[Side, Side]) -> None:
+    source, destination = pair
+    source.machine.write(0x100_0000, os.urandom(1 << 20))
+    done: list[bool] = []
+
+    def make_dirty() -> None:
+        ram = source.machine.qmp("query-migrate").get("ram", {})
+        if not done and ram.get("transferred", 0) > 1 << 16:
+            done.append(True)
+            source.machine.write(0x40_0000, os.urandom(5 << 20))
+
+    options = {"force": True, "max_passes": 1, "downtime": 0.0, "bandwidth": 3 << 19, "timeout": 1.0}
+    job = bench.migration(source, destination, check=make_dirty, **options)
+    list(job.run())
+    assert job.report.causes["stop"] > 1.0, job.report
     assert moved_whole(destination.machine)
 
 
@@ -273,6 +304,57 @@ def test_after_a_failure_the_next_attempt_succeeds(bench: Bench, pair: tuple[Sid
     assert job.report.step is Step.LOAD
 
 
+def interrupted(*_: object, **__: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_when_all_is_done_undoes_nothing(
+    bench: Bench, pair: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, destination = pair
+    monkeypatch.setattr("vfio_user.live.qemu.migration.Outgoing.release", interrupted)
+    job = bench.migration(source, destination)
+    with pytest.raises(KeyboardInterrupt):
+        list(job.run())
+    assert (job.report.status, job.report.error) == (Status.COMPLETED, None)
+    assert destination.runs
+    assert not source.runs
+
+
+def test_a_folder_that_cannot_be_removed_undoes_nothing(
+    bench: Bench, pair: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, destination = pair
+    remove = os.rmdir
+
+    def read_only(path: str, **options: int) -> None:
+        if Path(path).name.startswith("vfio-user-"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        remove(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", read_only)
+    job = bench.migration(source, destination, keep_source=False)
+    list(job.run())
+    assert job.report.status is Status.COMPLETED
+    assert destination.runs
+    assert not source.runs
+
+
+@pytest.mark.parametrize("moment", ["pre-copy", "pause"])
+def test_a_guest_that_is_reset_during_the_pre_copy_is_told(bench: Bench, pair: tuple[Side, Side], moment: str) -> None:
+    source, destination = pair
+    control = bench.control(source.servers[0])
+
+    def reset() -> None:
+        source.machine.qmp("system_reset")
+        source.machine.wait_until("the reset", lambda: control.migration_get_state() is DeviceState.RUNNING)
+
+    job = bench.migration(source, destination, check=at(lambda: job, moment, reset))
+    with pytest.raises(MigrationError, match=r"device 0 of the source was reset .* try again"):
+        list(job.run())
+    assert source.runs
+
+
 KILLED = """
 import os, signal, sys
 from vfio_user.client.control import ControlClient
@@ -330,6 +412,18 @@ def test_recover_without_a_destination_lets_the_source_run_on(bench: Bench, pair
     assert said == "the guest runs at the source\n"
     assert source.runs
     assert moved_whole(source.machine)
+
+
+def test_recover_does_not_believe_that_a_destination_has_ended_which_has_its_devices(
+    bench: Bench, pair: tuple[Side, Side]
+) -> None:
+    source, destination = pair
+    list(bench.migration(source, destination).run())
+    mistyped = QemuMigration(bench.monitor("source", source), EndedMonitor("destination"), bench.pairs(*pair))
+    with pytest.raises(MigrationError, match="a QEMU is connected to the server of device 0 at the destination"):
+        mistyped.recover()
+    assert destination.runs
+    assert not source.runs
 
 
 # What is refused
@@ -420,17 +514,27 @@ def test_a_machine_of_another_version_is_refused(bench: Bench, pair: tuple[Side,
     assert "start the destination with -machine pc-q35-11.1" in refused(bench, pair[0], other)
 
 
+def test_a_name_that_is_too_long_for_a_socket_is_refused(
+    bench: Bench, pair: tuple[Side, Side], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    assert "too long for a socket: name another folder with TMPDIR" in refused(bench, *pair)
+    assert bench.migration(*pair, uri="tcp:127.0.0.1:1").plan().obstacles == []
+
+
 # Memory that both have
 
 
+def in_file(file: Path) -> list[str]:
+    """A machine's memory."""
+    backend = f"memory-backend-file,id=file,size=64M,share=on,mem-path={file}"
+    return ["-object", backend, "-machine", "memory-backend=file"]
+
+
 def test_shared_memory_is_not_copied(bench: Bench, tmp_path: Path) -> None:
-    file = tmp_path / "ram"
-    ram = [
-        "-object",
-        f"memory-backend-file,id=file,size=64M,share=on,mem-path={file}",
-        "-machine",
-        "memory-backend=file",
-    ]
+    ram = in_file(tmp_path / "ram")
     source = bench.side("s", [Edu()], anonymous_ram=True, extra_args=ram)
     destination = bench.side("d", [Edu()], anonymous_ram=True, extra_args=[*ram, *INCOMING])
     use(source.machine)
@@ -443,6 +547,20 @@ def test_shared_memory_is_not_copied(bench: Bench, tmp_path: Path) -> None:
     assert moved_whole(destination.machine)
     assert "push" not in job.report.causes
     assert sum(done.memory_bytes for done in job.report.rounds) < 1 << 20
+
+
+def test_a_guest_that_moved_in_shared_memory_is_copied_the_next_time(bench: Bench, tmp_path: Path) -> None:
+    ram, other = in_file(tmp_path / "ram"), in_file(tmp_path / "other")
+    source = bench.side("s", [Edu()], anonymous_ram=True, extra_args=ram)
+    destination = bench.side("d", [Edu()], anonymous_ram=True, extra_args=[*ram, *INCOMING])
+    third = bench.side("e", [Edu()], anonymous_ram=True, extra_args=[*other, *INCOMING])
+    use(source.machine)
+    before = destination.machine.qmp("query-migrate-capabilities")
+    list(bench.migration(source, destination, shared_memory=True).run())
+    assert destination.machine.qmp("query-migrate-capabilities") == before
+    destination.machine.qmp("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+    list(bench.migration(destination, third).run())
+    assert moved_whole(third.machine)
 
 
 def test_memory_that_is_not_the_same_is_not_taken_for_shared(bench: Bench, pair: tuple[Side, Side]) -> None:

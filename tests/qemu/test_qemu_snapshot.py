@@ -360,6 +360,28 @@ def test_the_device_of_a_copy_is_not_taken_for_that_of_the_guest(world: World) -
 # Saving that fails
 
 
+@pytest.mark.parametrize("patience", [20.0, 0.5])
+def test_a_qemu_that_does_not_answer_for_a_while_lets_the_guest_go_on(world: World, patience: float) -> None:
+    """As it is with memory on a disk that is slow: in time, or when the controller has said what is left to do."""
+    source = world.source()
+    world.monitor("source", source, timeout=0.5)
+    number = source.machine._process.pid
+    wake = threading.Timer(2.0, os.kill, (number, signal.SIGCONT))
+
+    def strike() -> None:
+        os.kill(number, signal.SIGSTOP)
+        if patience > 1:
+            wake.start()
+
+    job = world.save(source, check=at(lambda: job, "save", strike), timeout=patience)
+    with pytest.raises(MigrationError, match="no answer within") as failure:
+        job.run()
+    assert ("--recover" in str(failure.value)) == (patience < 1)
+    os.kill(number, signal.SIGCONT)
+    source.machine.wait_until("the guest", lambda: source.runs)
+    assert moved_whole(source.machine)
+
+
 @pytest.mark.parametrize("moment", ["pause", "stop", "save", "memory"])
 @pytest.mark.parametrize("victim", ["the controller's patience", "the server"])
 def test_a_guest_that_is_not_saved_goes_on_and_nothing_is_left(world: World, moment: str, victim: str) -> None:
@@ -465,10 +487,28 @@ def test_an_interrupted_command_lets_the_guest_go_on(world: World, number: signa
         command.send_signal(number)
         device.may.set()
         _, said = command.communicate(timeout=30)
-    assert (command.returncode, said) == (1, "vfio-user: interrupted\n")
+    assert (command.returncode, said) == (1, f"vfio-user: interrupted by {number.name}\n")
     assert source.runs
     assert moved_whole(source.machine)
     assert world.leftovers == []
+
+
+def test_an_interrupt_is_looked_at_between_two_pieces_of_a_state(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vfio_user.live.source.CHUNK", 4096)
+    source = world.source()
+    looks: list[object] = []
+
+    def check() -> None:
+        causes = job.report.causes
+        looks.extend([None] if "stop" in causes and "save" not in causes else [])
+        if len(looks) > 2:  # those before it begins
+            raise KeyboardInterrupt
+
+    job = world.save(source, check=check)
+    with pytest.raises(KeyboardInterrupt):
+        job.run()
+    assert "memory" not in job.report.causes
+    assert moved_whole(source.machine)
 
 
 KILLED = """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -83,6 +84,8 @@ def cli(ctx: click.Context, verbose: int, log_json: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command and exit with its status."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that it has not is no reason to fail; stderr knows that
     sys.exit(_run())
 
 
@@ -109,5 +112,7 @@ def _run() -> int:
 
 
 def _fail(reason: str, status: int = 1) -> int:
-    print(f"{PROGRAM}: {reason}", file=sys.stderr)
+    from vfio_user.live.text import clean  # some of it may be a peer's
+
+    print(f"{PROGRAM}: {clean(reason)}", file=sys.stderr)
     return status

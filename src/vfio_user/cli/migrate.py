@@ -24,10 +24,10 @@ from vfio_user.cli.options import (
 )
 from vfio_user.cli.peers import CALLS_PER_ANSWER, certificates, peer_options
 from vfio_user.cli.progress import follow, render
+from vfio_user.cli.reports import check_page, show, write_page
 from vfio_user.client import Client
 from vfio_user.errors import MigrationError, UsageError, VfioUserError, reason_of
 from vfio_user.live import Arrival, LocalDestination, MemoryRegion, Migration, Pipe, files
-from vfio_user.live.html import report_html
 from vfio_user.live.remote import receive as receive_from
 from vfio_user.live.report import Report, Status
 from vfio_user.live.text import clean, duration, size, verdict
@@ -159,6 +159,7 @@ def migrate(
     What fails, Ctrl-C too, leaves SRC running as if nothing had been.
     """
     carrier = _carrier(**way)
+    check_page(html)
     sources, destinations = _sides(paths, devices, remote=carrier is not None)
     memory_here, memory_there = _memory(memory, remote=carrier is not None)
     report, verified = Report(), False
@@ -189,10 +190,8 @@ def migrate(
         report.error = report.error or reason_of(error)
     except KeyboardInterrupt as error:
         report.error = report.error or str(error) or "interrupted"
-    _show(report, verified, as_json=as_json)
-    if html is not None:
-        title = f"{' '.join(sources)} → {carrier.via if carrier else ' '.join(destinations)}"
-        Path(html).write_text(report_html(report, title), encoding="utf-8")
+    show(json.dumps(report.as_json() | {"verified": verified}) if as_json else render(report))
+    write_page(html, report, f"{' '.join(sources)} → {carrier.via if carrier else ' '.join(destinations)}")
     _raise_failure(report, verified)
 
 
@@ -257,13 +256,6 @@ def _opened(stack: ExitStack, carrier: Carrier, timeout: float) -> Target:
     """The destination at the other end of ``carrier``."""
     with naming(carrier.via):
         return carrier.opened(stack, timeout, timeout * CALLS_PER_ANSWER)
-
-
-def _show(report: Report, verified: bool, *, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(report.as_json() | {"verified": verified}))
-    else:
-        Console().print(render(report))
 
 
 def _raise_failure(report: Report, verified: bool) -> None:

@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vfio_user.cli.naming import naming
-from vfio_user.errors import CallTimeoutError, ConnectionClosedError, MigrationError, NegotiationError
+from vfio_user.cli.reports import show
+from vfio_user.errors import CallTimeoutError, ConnectionClosedError, MigrationError, NegotiationError, reason_of
 from vfio_user.live.text import clean, duration, size
 
 if TYPE_CHECKING:
@@ -78,13 +79,19 @@ def tell_plan(
 
 
 def carry_out(job: QemuSave | QemuRestore, doing: str, *, as_json: bool) -> None:
-    """Run it, and tell on the terminal what is being done; with ``as_json`` print its report, however it goes."""
+    """Run it, and tell on the terminal what is being done; with ``as_json`` print its report, however it goes.
+
+    Raises MigrationError for Ctrl-C, too, with what became of the way back.
+    """
     try:
-        with Console(stderr=True, quiet=as_json).status(doing):
+        with Console(stderr=True, quiet=as_json).status(Text(doing)):
             job.run()
+    except KeyboardInterrupt as error:
+        job.report.error = job.report.error or reason_of(error)
+        raise MigrationError(job.report.error) from error
     finally:
         if as_json:
-            click.echo(json.dumps(job.report.as_json()))
+            show(json.dumps(job.report.as_json()))
 
 
 def tell_outcome(report: SnapshotReport, title: str) -> None:
@@ -98,4 +105,4 @@ def tell_outcome(report: SnapshotReport, title: str) -> None:
         ("total", duration(report.total)),
     ):
         grid.add_row(name, Text(value))
-    Console().print(Panel(grid, title=Text(title), border_style="green", expand=False))
+    show(Panel(grid, title=Text(title), border_style="green", expand=False))

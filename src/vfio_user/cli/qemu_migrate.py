@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,8 +13,8 @@ from rich.console import Console
 from vfio_user.cli.options import bandwidth_option, force_option, html_option, json_option, timeout_option
 from vfio_user.cli.progress import render
 from vfio_user.cli.qemu import CALLS_PER_STEP, control, need_qmp, tell_plan
+from vfio_user.cli.reports import check_page, show, write_page
 from vfio_user.errors import MigrationError, VfioUserError
-from vfio_user.live.html import report_html
 from vfio_user.live.report import Status
 from vfio_user.live.text import clean, round_line, verdict
 from vfio_user.tools.interrupts import Interrupts
@@ -118,15 +117,12 @@ def qemu_migrate(
 
 
 def _move(job: QemuMigration, title: str, *, as_json: bool, html: str | None) -> None:
+    check_page(html)
     report = job.report
     with suppress(VfioUserError, OSError, KeyboardInterrupt):  # the reason is in the report
         _follow(job, Console(stderr=True, quiet=as_json))
-    if as_json:
-        click.echo(json.dumps(report.as_json()))
-    else:
-        Console().print(render(report))
-    if html is not None:
-        Path(html).write_text(report_html(report, title), encoding="utf-8")
+    show(json.dumps(report.as_json()) if as_json else render(report))
+    write_page(html, report, title)
     if report.status is not Status.COMPLETED:
         advice = _ADVICE if report.status is Status.UNCONFIRMED else ""
         raise MigrationError(f"{verdict(report)}: {clean(report.error or 'no reason')}{advice}")

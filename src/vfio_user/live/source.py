@@ -8,6 +8,7 @@ from math import inf
 from operator import methodcaller
 
 from vfio_user.client import Client
+from vfio_user.errors import CommandError, MigrationError
 from vfio_user.live.memory import DeviceLog, MemoryRegion
 from vfio_user.live.offer import DeviceOffer, Offer, check_state
 from vfio_user.wire.constants import PAGE_SIZE, DeviceFeature, DeviceState, MigrationFlags
@@ -61,10 +62,16 @@ class Source:
     def read_ahead(self) -> Iterator[tuple[int, memoryview]]:
         """What the running devices have for us now: (number, data), which is valid until the next."""
         for number in self._ahead:
-            yield from self._read(number, AHEAD)
+            try:
+                yield from self._read(number, AHEAD)
+            except CommandError:
+                self._check_ahead(number)
+                raise
 
     def stop(self) -> None:
         """All stop: first their talk with each other, where every device can keep that apart, then all else."""
+        for number in self._ahead:
+            self._check_ahead(number)
         if self._p2p:
             for number, client in enumerate(self._clients):
                 ahead = number in self._ahead
@@ -91,6 +98,11 @@ class Source:
     def leave(self) -> None:
         """All stay behind, stopped."""
         self._each(methodcaller("migration_set_state", DeviceState.STOP))
+
+    def _check_ahead(self, number: int) -> None:
+        """Raise MigrationError where a reset came in between: what was sent ahead is worth nothing then."""
+        if self._clients[number].migration_get_state() is not DeviceState.PRE_COPY:
+            raise MigrationError(f"device {number} of the source was reset while its state was sent ahead: try again")
 
     def _read(self, number: int, most: float = inf) -> Iterator[tuple[int, memoryview]]:
         done, count = 0, CHUNK

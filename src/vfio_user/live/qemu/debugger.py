@@ -9,11 +9,20 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
+import msgspec
+
 from vfio_user.live.qemu.gdbstub import GdbStub
 from vfio_user.live.qemu.monitor import Monitor, MonitorError, RefusedError
 
 _CHARDEV = "vfio-user-gdb"
 """What QEMU calls the socket of its gdbstub meanwhile."""
+_BY_PATH = "gdb"
+"""What it calls one that it makes itself."""
+
+
+class _Chardev(msgspec.Struct, frozen=True):
+    label: str
+    filename: str
 
 
 class Debugger:
@@ -40,6 +49,7 @@ class Debugger:
 
     @contextmanager
     def _attached(self) -> Iterator[GdbStub]:
+        self._clear()
         with ExitStack() as stack:
             place: str | socket.socket
             if self._path is None:
@@ -52,6 +62,22 @@ class Debugger:
                 reason = said.removeprefix("gdbstub: ")
                 raise MonitorError(f"the {self._monitor.name} QEMU does not start its gdbstub: {reason}")
             yield stack.enter_context(GdbStub(place, self._timeout))
+
+    def _clear(self) -> None:
+        """Remove what a controller that was killed has left. Raises MonitorError for a gdbstub of somebody else's."""
+        known = {one.label: one.filename for one in self._monitor.ask(list[_Chardev], "query-chardev")}
+        other = known.get(_BY_PATH)
+        if other is not None and (self._path is None or self._path not in other):
+            raise MonitorError(
+                f"the {self._monitor.name} QEMU has a gdbstub at {other.removeprefix('disconnected:')}, and can have"
+                " one only: end it first, by gdbserver none in its human monitor"
+            )
+        if other is not None or _CHARDEV in known:
+            with suppress(MonitorError):
+                self._monitor.hmp("gdbserver none")
+        if _CHARDEV in known:
+            with suppress(MonitorError):
+                self._monitor.execute("chardev-remove", id=_CHARDEV)
 
     @contextmanager
     def _given_socket(self) -> Iterator[socket.socket]:

@@ -10,7 +10,15 @@ from vfio_user.live.destination import UnconfirmedError
 from vfio_user.live.qemu.debugger import Debugger
 from vfio_user.live.qemu.handover import DestinationDevice, Handover
 from vfio_user.live.qemu.machine import Machine
-from vfio_user.live.qemu.monitor import ClosedError, LateError, MigrationInfo, MonitorError, RefusedError
+from vfio_user.live.qemu.monitor import (
+    USUAL_CAPABILITIES,
+    Capability,
+    ClosedError,
+    LateError,
+    MigrationInfo,
+    MonitorError,
+    RefusedError,
+)
 from vfio_user.live.qemu.places import PlacedDevice, ServedDevice
 from vfio_user.wire.constants import DeviceState
 
@@ -22,6 +30,7 @@ class Incoming:
         self.machine, self.monitor = machine, machine.monitor
         self._served = served
         self._debugger = debugger
+        self._capabilities: dict[str, bool] = {}
 
     def prepare(self) -> None:
         """The devices wait for their states."""
@@ -37,9 +46,11 @@ class Incoming:
             raise MigrationError(f"{one.name} does not take its state: {error}") from error
 
     def listen(self, uri: str, capabilities: Mapping[str, bool]) -> None:
-        """QEMU takes memory and machine from ``uri``."""
+        """QEMU takes memory and machine from ``uri``; :meth:`put_settings_back` has its capabilities as they were."""
         # A guest that arrives must wait for its devices: this is -S, said late.
         self.monitor.execute("stop")
+        before = self.monitor.ask(list[Capability], "query-migrate-capabilities")
+        self._capabilities = {one.capability: one.state for one in before if one.capability in capabilities}
         self.monitor.set_capabilities(capabilities)
         self.monitor.execute("migrate-incoming", uri=uri, exit_on_error=False)
 
@@ -89,6 +100,15 @@ class Incoming:
             raise
         except MonitorError as error:
             raise UnconfirmedError(f"the guest was told to go on and its QEMU did not answer: {error}") from error
+
+    def suspect(self) -> None:
+        """Have :meth:`put_settings_back` undo whatever another controller, which died, may have changed."""
+        self._capabilities = dict.fromkeys(USUAL_CAPABILITIES, False)
+
+    def put_settings_back(self) -> None:
+        """As they were before :meth:`listen`, when the guest is there; what QEMU answers does not matter any more."""
+        with suppress(MonitorError):
+            self.monitor.set_capabilities(self._capabilities)
 
     def end(self, *, devices_ran: bool) -> None:
         """Its guest never ran, and must not. Raises MigrationError where that is not sure."""

@@ -18,11 +18,14 @@ there on the source must never run: what fails where the guest may run leaves it
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from vfio_user.errors import MigrationError, VfioUserError
 from vfio_user.live.destination import UnconfirmedError, nothing
@@ -39,6 +42,10 @@ from vfio_user.live.qemu.plan import DevicePair, MovingDevice, Plan
 from vfio_user.live.report import Report, Round, Status, Step
 from vfio_user.wire.constants import DeviceState
 
+_FOLDER, _SOCKET = "vfio-user-", "memory.sock"
+_LONGEST = 107
+"""Bytes in the name of a UNIX socket."""
+
 
 class QemuMigration(Job):
     """Moves the guest of the ``source`` QEMU, with its ``devices``, to the ``destination`` QEMU, which waits for it.
@@ -51,8 +58,8 @@ class QemuMigration(Job):
     ``shared_memory``: both have it in the same files, and it is not sent. ``cold``: the guest stands still from the
     beginning, and nothing needs to be logged: for a guest with an IOMMU, whose maps may be gone when QEMU is to see
     what was written there. ``keep_source``: the source's QEMU does not end when all is done; its guest must never run
-    again. ``timeout`` in seconds bounds each step while the guest stands still. ``check`` is called often, before each
-    step too, until the devices start at the destination, and may raise.
+    again. ``timeout`` in seconds bounds each step while the guest stands still, with ``force`` or ``cold`` but that for
+    memory. ``check`` is called often, before each step too, until the devices start at the destination, and may raise.
     """
 
     def __init__(
@@ -91,7 +98,7 @@ class QemuMigration(Job):
 
     def plan(self) -> Plan:
         """What would move, and what stands against it. Nothing changes."""
-        return Plan(
+        plan = Plan(
             self.source,
             self.destination,
             self._pairs,
@@ -99,6 +106,9 @@ class QemuMigration(Job):
             shared_memory=self.shared_memory,
             logs=self._logs,
         )
+        if self._uri is None and _too_long(tempfile.gettempdir()):
+            plan.obstacles.append(f"{tempfile.gettempdir()}: too long for a socket: name another folder with TMPDIR")
+        return plan
 
     def run(self) -> Generator[Round, None, None]:
         """Migrate; yields each pass over the memory, and leaves the outcome in ``report``. Raises MigrationError.
@@ -107,8 +117,8 @@ class QemuMigration(Job):
         """
         started = time.monotonic()
         try:
-            with TemporaryDirectory(prefix="vfio-user-") as folder:
-                yield from self._steps(Path(folder))
+            with _folder() as folder:
+                yield from self._steps(folder)
         except BaseException as error:
             self._give_up(error)
             if isinstance(error, (VfioUserError, OSError)):
@@ -116,6 +126,8 @@ class QemuMigration(Job):
                 raise kind(f"{self.report.step} failed: {error}") from error
             raise
         finally:
+            if self.report.status is Status.COMPLETED:
+                self._leave()
             self.report.total = time.monotonic() - started
 
     def recover(self) -> Status:
@@ -126,9 +138,10 @@ class QemuMigration(Job):
         """
         if self._is_at_destination():
             self.report.step = Step.START
+            self._incoming.suspect()
             self._incoming.start(guest=True)
-            self._outgoing.release(quit_it=not self._keep_source)
             self.report.status = Status.COMPLETED
+            self._leave()
         else:
             self.report.step, self._outgoing.servers.logging = Step.PRE_COPY, True
             self._outgoing.suspect()
@@ -146,6 +159,7 @@ class QemuMigration(Job):
         try:
             status = monitor.status()
         except ClosedError:
+            self._check_destination_ended()
             return False
         ran = any(pair.destination.migration_get_state() is DeviceState.RUNNING for pair in self._pairs)
         at_source = any(pair.source.migration_get_state() is DeviceState.RUNNING for pair in self._pairs)
@@ -153,11 +167,20 @@ class QemuMigration(Job):
             raise MigrationError("both guests may run: see what vfio-user info says of the devices of each")
         return status.running or (status.status == "paused" and ran and not at_source)
 
+    def _check_destination_ended(self) -> None:
+        """Its monitor cannot be reached: that may be a wrong name. Its devices know whether a QEMU has them."""
+        for pair in self._pairs:
+            if pair.destination.status().connected:
+                raise MigrationError(
+                    f"the destination QEMU cannot be asked, but may run the guest: a QEMU is connected to the server of"
+                    f" {pair.name} at the destination: name its QMP socket, or end it"
+                )
+
     def _steps(self, folder: Path) -> Iterator[Round]:
         plan = self.plan()
         plan.check()
         self._moving = plan.devices
-        self._outgoing.guest_runs = self.source.monitor.status().running
+        self._outgoing.see_guest()
         self._prepare()
         if self.cold:
             yield from self._stop_first(folder)
@@ -183,9 +206,8 @@ class QemuMigration(Job):
         self._enter(Step.START)
         with self._timed("start"):
             self._incoming.start(guest=self._outgoing.guest_runs)
-        self.report.downtime = time.monotonic() - (self._paused_at or 0.0)
         self.report.status = Status.COMPLETED
-        self._outgoing.release(quit_it=not self._keep_source)
+        self.report.downtime = time.monotonic() - (self._paused_at or 0.0)
 
     # While the guest runs
 
@@ -198,11 +220,11 @@ class QemuMigration(Job):
 
     def _begin(self, folder: Path) -> None:
         """QEMU begins to send memory, and is to wait before it switches over."""
-        both = {"events": True, **({"x-ignore-shared": True} if self.shared_memory else {})}
+        both = {"events": True, "x-ignore-shared": self.shared_memory}
         parameters: dict[str, object] = {"downtime-limit": 0}  # or it would not wait until the guest has stopped
         if self._bandwidth is not None:
             parameters["max-bandwidth"] = self._bandwidth
-        uri = self._uri or f"unix:{folder / 'memory.sock'}"
+        uri = self._uri or f"unix:{folder / _SOCKET}"
         self._outgoing.set_up({"pause-before-switchover": True, **both}, parameters)
         self._incoming.listen(uri, both)
         self.source.monitor.execute("migrate", uri=uri)
@@ -213,6 +235,7 @@ class QemuMigration(Job):
         passes = Passes()
         while True:
             info = self._outgoing.look()
+            self._outgoing.see_guest()
             passes.device_bytes += self._send_ahead()
             done = passes.see(info)
             if done is not None:
@@ -236,6 +259,7 @@ class QemuMigration(Job):
         """Device data from source to destination; bytes."""
         count = 0
         for number, piece in data:
+            self._interrupt()
             self._incoming.write(number, piece)
             count += len(piece)
         self.report.device_state_bytes += count
@@ -245,8 +269,9 @@ class QemuMigration(Job):
 
     def _pause(self) -> None:
         """Stop the guest first: so a failure leaves it stopped until its devices run again."""
+        self._outgoing.see_guest()
         self.source.monitor.execute("stop")
-        self._outgoing.wait("it comes to the switch-over", self._waits)
+        self._outgoing.wait("it comes to the switch-over", self._waits, forever=self.force)
 
     def _waits(self) -> bool:
         return self._outgoing.look().status == "pre-switchover"
@@ -256,6 +281,7 @@ class QemuMigration(Job):
         self._enter(Step.PAUSE)
         self._paused_at = time.monotonic()
         with self._timed("stop"):
+            self._outgoing.see_guest()
             self.source.monitor.execute("stop")
             self._stop_devices()
         with self._timed("memory"):
@@ -295,8 +321,15 @@ class QemuMigration(Job):
 
     # Afterwards
 
+    def _leave(self) -> None:
+        """The guest is at the destination, whatever fails now."""
+        self._incoming.put_settings_back()
+        self._outgoing.release(quit_it=not self._keep_source)
+
     def _give_up(self, error: BaseException) -> None:
-        """Roll back, unless the destination may have the guest: then the source must not have it, too."""
+        """Roll back, unless the destination has the guest, or may have it: then the source must not have it, too."""
+        if self.report.status is Status.COMPLETED:
+            return
         self.report.error = str(error) or type(error).__name__
         if isinstance(error, UnconfirmedError):
             self.report.status = Status.UNCONFIRMED
@@ -313,3 +346,18 @@ class QemuMigration(Job):
         parts.insert(0 if devices_ran else len(parts), partial(self._incoming.end, devices_ran=devices_ran))
         for failure in do_all([*parts, self._outgoing.put_settings_back]):
             self.report.error = f"{self.report.error or ''}; while rolling back: {failure}"
+
+
+def _too_long(parent: str) -> bool:
+    """For a socket in a folder there, as mkdtemp names it."""
+    return len(os.fsencode(os.path.join(parent, f"{_FOLDER}{'x' * 8}", _SOCKET))) > _LONGEST
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Only for this user, and for as long as it takes; that it cannot be removed is no fault. Raises OSError."""
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

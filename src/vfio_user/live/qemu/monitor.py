@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import msgspec
-from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp import ConnectError, ExecuteError, QMPClient, Runstate
 
 from vfio_user.errors import MigrationError
 
@@ -28,6 +28,8 @@ MIGRATING = ("setup", "active", "pre-switchover", "device")
 """What a MigrationInfo's status is while memory or machine are on their way."""
 ENDED = ("completed", "failed", "cancelled", "none")
 """What it is when QEMU does nothing of that kind any more."""
+USUAL_CAPABILITIES = ("pause-before-switchover", "events", "x-ignore-shared")
+"""Of migration, what a QEMU has not before anybody asks for it: as far as it is changed here."""
 
 
 class MonitorError(MigrationError):
@@ -182,9 +184,9 @@ class Monitor:
 
     def quit(self) -> None:
         """End this QEMU, and wait for that. Raises ClosedError where it was not reached: it may be there still."""
-        deadline = time.monotonic() + self.timeout
         with contextlib.suppress(LateError):
             self.status()  # who answers is there, and has ended when the connection does
+        deadline = time.monotonic() + self.timeout
         with contextlib.suppress(ClosedError):
             self.execute("quit")
             while time.monotonic() < deadline:
@@ -230,7 +232,7 @@ class Monitor:
             raise (AbsentError if absent else MonitorError)(
                 f"the {self.name} QEMU: {what}: {_reason(error.exc)}"
             ) from error
-        except (QMPError, EOFError, OSError) as error:
+        except Exception as error:  # the library's reader ends with whatever a peer's nonsense makes json raise
             raise ClosedError(f"the {self.name} QEMU: {what}: its monitor is gone") from error
 
 

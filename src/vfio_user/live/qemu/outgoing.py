@@ -11,13 +11,21 @@ from vfio_user.client.control import AccessMode
 from vfio_user.errors import MigrationError, VfioUserError
 from vfio_user.live.qemu.handover import Handover, SourceDevice
 from vfio_user.live.qemu.machine import Machine
-from vfio_user.live.qemu.monitor import ENDED, POLL, Capability, ClosedError, MigrationInfo
+from vfio_user.live.qemu.monitor import (
+    ENDED,
+    POLL,
+    USUAL_CAPABILITIES,
+    Capability,
+    ClosedError,
+    LateError,
+    MigrationInfo,
+    MonitorError,
+)
 from vfio_user.live.qemu.places import PlacedDevice, ServedDevice, find_used
 from vfio_user.live.source import Source
 
 _USUAL_PARAMETERS = {"downtime_limit": 300, "max_bandwidth": 128 << 20}
-_USUAL_CAPABILITIES = ("pause-before-switchover", "events", "x-ignore-shared")
-"""What a QEMU has, and has not, before anybody asks for something else: as far as it is changed here."""
+"""What a QEMU has before anybody asks for something else: as far as it is changed here."""
 
 
 class Outgoing:
@@ -62,6 +70,12 @@ class Outgoing:
         """As they were before :meth:`set_up`."""
         self._settings.close()
 
+    def see_guest(self) -> None:
+        """Whether it runs, or sleeps; where QEMU has stopped it to switch over, whether it did when last seen."""
+        status = self.monitor.status()
+        if status.status != "finish-migrate":
+            self.guest_runs = status.running or status.status == "suspended"
+
     def look(self) -> MigrationInfo:
         """How far QEMU's migration is. Raises MigrationError where it has failed."""
         self._check()
@@ -76,8 +90,10 @@ class Outgoing:
         while not condition():
             if time.monotonic() > deadline:
                 raise MigrationError(f"the source QEMU: {what} not within {self._timeout:g} s")
-            with suppress(ClosedError):
+            try:
                 self.monitor.wait_event(POLL)
+            except ClosedError:
+                time.sleep(POLL)
 
     def stop_devices(self, devices: Sequence[PlacedDevice]) -> None:
         """All of them; the guest stands still already. Raises MigrationError where one is another guest's."""
@@ -113,19 +129,21 @@ class Outgoing:
                 device.suspect_lowered()
                 self._devices.append(device)
         self._settings.callback(self.monitor.execute, "migrate-set-parameters", **_USUAL_PARAMETERS)
-        self._settings.callback(self.monitor.set_capabilities, dict.fromkeys(_USUAL_CAPABILITIES, False))
+        self._settings.callback(self.monitor.set_capabilities, dict.fromkeys(USUAL_CAPABILITIES, False))
 
     def way_back(self) -> Iterator[Callable[[], object]]:
         """What lets devices and guest run on as if nothing had been: to be done in order, all whatever fails.
 
         The devices run before the guest, which is what their accesses wait for.
         """
+        deadline = time.monotonic() + self._timeout
         yield self.servers.run
         if self.servers.logging:
             yield self.servers.stop_logging
         yield from (partial(one.control.set_access, AccessMode.PASS) for one in self._served)
+        yield partial(self._await_answer, deadline)
         yield from (device.give_back for device in self._devices)
-        yield self._let_guest_run
+        yield partial(self._let_guest_run, deadline)
 
     def release(self, *, quit_it: bool) -> None:
         """It is of no use any more, and must not run by mistake; what it answers is only noted."""
@@ -139,14 +157,43 @@ class Outgoing:
             with suppress(VfioUserError, OSError):
                 part()
 
-    def _let_guest_run(self) -> None:
-        if self.monitor.migration().status not in ENDED:
-            self.monitor.execute("migrate_cancel")
-        deadline = time.monotonic() + self._timeout
-        while not self._has_ended() and time.monotonic() < deadline:
-            self.monitor.wait_event(POLL)
-        if self.guest_runs:
-            self.monitor.execute("cont")
+    def _await_answer(self, deadline: float) -> None:
+        """A QEMU that did not answer, because of a slow disk, say, gets this time to go on."""
+        with suppress(ClosedError):  # which is told by what comes next
+            while True:
+                try:
+                    self.monitor.status()
+                    return
+                except LateError:
+                    if time.monotonic() > deadline:
+                        return
+
+    def _let_guest_run(self, deadline: float) -> None:
+        last = ["cont"] if self.guest_runs else []
+        try:
+            self._end_migration(deadline)
+            for command in last:
+                self.monitor.execute(command)
+        except ClosedError:
+            raise
+        except MonitorError as error:  # one that is late does what it was told when it goes on
+            for command in ("migrate_cancel", *last):
+                with suppress(MonitorError):
+                    self.monitor.execute(command)
+            raise MigrationError(f"{error}; where its guest does not go on, --recover lets it") from error
+
+    def _end_migration(self, deadline: float) -> None:
+        """QEMU's; one that answers late is asked again."""
+        while True:
+            try:
+                if self.monitor.migration().status not in ENDED:
+                    self.monitor.execute("migrate_cancel")
+                while not self._has_ended() and time.monotonic() < deadline:
+                    self.monitor.wait_event(POLL)
+                return
+            except LateError:
+                if time.monotonic() > deadline:
+                    raise
 
     def _has_ended(self) -> bool:
         """Whether QEMU's migration has. It says so a moment before it leaves the run state in which it refuses cont."""

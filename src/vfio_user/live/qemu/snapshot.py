@@ -138,7 +138,7 @@ class QemuSave(Job):
             raise MigrationError("; ".join(["the guest does not run on", *failures]))
 
     def _save(self, plan: SavePlan, writer: SnapshotWriter) -> None:
-        self._outgoing.guest_runs = self.source.monitor.status().running
+        self._outgoing.see_guest()
         self._enter(Step.PAUSE)
         paused_at = time.monotonic()
         with self._timed("stop"):
@@ -169,6 +169,7 @@ class QemuSave(Job):
                 for number, offer in enumerate(plan.offers)
             ]
             for number, data in self._outgoing.servers.read_rest():
+                self._interrupt()
                 states[number].add(data)
             for state in states:
                 state.end()
@@ -304,10 +305,12 @@ class QemuRestore(Job):
             self.guest_runs = snapshot.manifest.guest_ran and not self._paused
             incoming.start(guest=self.guest_runs)
         self.report.status = Status.COMPLETED
+        incoming.put_settings_back()
 
     def _read_states(self, snapshot: Snapshot, incoming: Incoming) -> None:
         for number, state in enumerate(snapshot.states):
             for data in state.records():
+                self._interrupt()
                 incoming.write(number, memoryview(data))
             self.report.device_state_bytes += state.size
 
@@ -321,6 +324,8 @@ class QemuRestore(Job):
         self.report.memory_bytes = snapshot.manifest.memory.size
 
     def _give_up(self, error: BaseException, incoming: Incoming) -> None:
+        if self.report.status is Status.COMPLETED:
+            return
         self.report.error = reason_of(error)
         if isinstance(error, UnconfirmedError):
             self.report.status = Status.UNCONFIRMED

@@ -110,8 +110,9 @@ class _Format(msgspec.Struct, frozen=True):
 class SnapshotWriter:
     """Fills a folder that has a temporary name. Raises OSError."""
 
-    def __init__(self, folder: Path, target: Path, check: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, target: Path, parent: int, check: Callable[[], None]) -> None:
         self.folder, self._target = folder, target
+        self._parent = parent
         self._check = check
 
     def create(self, name: str) -> BinaryIO:
@@ -132,7 +133,7 @@ class SnapshotWriter:
         return FileEntry(name, size, digest)
 
     def publish(self, manifest: Manifest) -> None:
-        """Have the folder take its name: it is whole."""
+        """Have the folder take its name: it is whole. It keeps it only if that is on disk, too."""
         text = msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
         if len(text) > MAX_MANIFEST:
             raise StreamError(f"a snapshot with {len(text)} bytes to say of itself; {MAX_MANIFEST} are allowed")
@@ -140,7 +141,11 @@ class SnapshotWriter:
         self.write(MANIFEST_SUM, f"{entry.sha256}  {MANIFEST}\n".encode())
         _sync(self.folder)
         os.rename(self.folder, self._target)
-        _sync(self._target.parent)
+        try:
+            os.fsync(self._parent)
+        except OSError:
+            os.rename(self._target, self.folder)
+            raise
 
 
 def check_target(folder: Path) -> None:
@@ -151,7 +156,7 @@ def check_target(folder: Path) -> None:
         pass
     else:
         raise FileExistsError(errno.EEXIST, "it is there already", str(folder))
-    if not os.access(folder.parent, os.W_OK | os.X_OK):
+    if not os.access(folder.parent, os.R_OK | os.W_OK | os.X_OK):  # without reading, no name can be had on disk
         number = errno.EACCES if folder.parent.exists() else errno.ENOENT
         raise OSError(number, os.strerror(number), str(folder.parent))
 
@@ -161,11 +166,12 @@ def written(folder: Path, check: Callable[[], None] = nothing) -> Iterator[Snaps
     """A folder to fill; unless it was published when the block ends, nothing is left of it. Raises OSError."""
     target = Path(os.path.abspath(folder))
     check_target(target)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:50]}."))
-    try:
-        yield SnapshotWriter(temporary, target, check)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # a folder that has its name is there no more
+    with ExitStack() as stack:
+        parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, parent)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:50]}."))
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # a folder that has its name is there no more
+        yield SnapshotWriter(temporary, target, parent, check)
 
 
 # Read
@@ -210,6 +216,8 @@ def opened(folder: Path, check: Callable[[], None] = nothing) -> Iterator[Snapsh
 
         manifest = _read_manifest(take(MANIFEST), take(MANIFEST_SUM))
         found = {entry.name: take(entry.name) for entry in manifest.entries}
+        if len({device.place for device in manifest.devices}) != len(manifest.devices):
+            raise StreamError(f"{MANIFEST}: two devices in the same place")
         if len(found) != len(manifest.entries):
             raise StreamError(f"{MANIFEST}: the same file for two things")
         for entry in manifest.entries:
