@@ -86,6 +86,13 @@ def test_wrong_usage(edu: Path, arguments: list[str], line: str) -> None:
     assert (status, found.startswith(line)) == (2, True), found
 
 
+@pytest.mark.parametrize(("command", "option"), [("check", "--junit"), ("bench", "--html")])
+def test_a_report_that_could_not_be_written(command: str, option: str) -> None:
+    """That is found out before anything is asked of anybody."""
+    where = "/nowhere/report"
+    assert told(command, "/nowhere/socket", option, where) == (1, f"{where}: No such file or directory")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read all")
 def test_what_may_not_be_read(tmp_path: Path) -> None:
     secret = tmp_path / "secret"

@@ -414,6 +414,25 @@ def test_recover_without_a_destination_lets_the_source_run_on(bench: Bench, pair
     assert moved_whole(source.machine)
 
 
+def test_recover_after_all_went_well_says_where_the_guest_is(bench: Bench, pair: tuple[Side, Side]) -> None:
+    """The source's QEMU has ended."""
+    source, destination = pair
+    list(bench.migration(source, destination, keep_source=False).run())
+    again = QemuMigration(EndedMonitor("source"), bench.monitor("destination", destination), bench.pairs(*pair))
+    assert again.recover() is Status.COMPLETED
+    assert destination.runs
+
+
+def test_recover_of_what_is_nowhere_changes_nothing(bench: Bench, pair: tuple[Side, Side]) -> None:
+    """A source's name that is mistyped, say, before anything began."""
+    source, destination = pair
+    mistyped = QemuMigration(EndedMonitor("source"), bench.monitor("destination", destination), bench.pairs(*pair))
+    with pytest.raises(MigrationError, match="the source QEMU"):
+        mistyped.recover()
+    assert source.runs
+    assert destination.machine.qmp("query-status")["status"] == "inmigrate"
+
+
 def test_recover_does_not_believe_that_a_destination_has_ended_which_has_its_devices(
     bench: Bench, pair: tuple[Side, Side]
 ) -> None:
@@ -524,6 +543,10 @@ def test_a_name_that_is_too_long_for_a_socket_is_refused(
     assert bench.migration(*pair, uri="tcp:127.0.0.1:1").plan().obstacles == []
 
 
+def test_a_way_that_no_qemu_knows_is_refused(bench: Bench, pair: tuple[Side, Side]) -> None:
+    assert "foo is no way from one QEMU to another" in refused(bench, *pair, uri="foo")
+
+
 # Memory that both have
 
 
@@ -561,6 +584,16 @@ def test_a_guest_that_moved_in_shared_memory_is_copied_the_next_time(bench: Benc
     destination.machine.qmp("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
     list(bench.migration(destination, third).run())
     assert moved_whole(third.machine)
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_memory_that_both_have_is_not_copied_over_itself(bench: Bench, tmp_path: Path, cold: bool) -> None:
+    """The destination would write to it while the guest runs, and the guest would be torn."""
+    ram = in_file(tmp_path / "ram")
+    source = bench.side("s", [Edu()], anonymous_ram=True, extra_args=ram)
+    destination = bench.side("d", [Edu()], anonymous_ram=True, extra_args=[*ram, *INCOMING])
+    use(source.machine)
+    assert "move it with --shared-memory" in refused(bench, source, destination, cold=cold)
 
 
 def test_memory_that_is_not_the_same_is_not_taken_for_shared(bench: Bench, pair: tuple[Side, Side]) -> None:

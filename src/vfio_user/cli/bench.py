@@ -13,6 +13,7 @@ from rich.console import Console
 
 from vfio_user.cli.naming import meeting, naming
 from vfio_user.cli.options import ANY_PATH, Seconds, json_option, timeout_option
+from vfio_user.cli.reports import check_writable
 from vfio_user.errors import UsageError
 from vfio_user.histogram import duration
 from vfio_user.tools.bench import Choice, Link, Measure, Report, Result, Settings, picture, pinned, plan, run
@@ -80,6 +81,7 @@ def bench(
         names = [one.name for one in measures]
         click.echo(json.dumps({"measures": names}) if as_json else "\n".join(names))
         return
+    check_writable(html)
     report = Report(paths)
     try:
         with ExitStack() as stack:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from vfio_user.cli.naming import naming
 from vfio_user.cli.options import ANY_PATH, json_option, timeout_option
+from vfio_user.cli.reports import check_writable
 from vfio_user.errors import VfioUserError
 from vfio_user.tools.check import (
     CLIENT_QUIRKS,
@@ -103,6 +104,7 @@ def check(
     if wants_list:
         _list(entries, as_json)
         return
+    check_writable(junit_file)
     logging.getLogger("vfio_user.server").setLevel(logging.CRITICAL)  # the one that is played: the report says it all
     with _progress(len(entries)) as progress:
         if listen is not None:

@@ -24,7 +24,7 @@ from vfio_user.cli.options import (
 )
 from vfio_user.cli.peers import CALLS_PER_ANSWER, certificates, peer_options
 from vfio_user.cli.progress import follow, render
-from vfio_user.cli.reports import check_page, show, write_page
+from vfio_user.cli.reports import check_writable, show, write_page
 from vfio_user.client import Client
 from vfio_user.errors import MigrationError, UsageError, VfioUserError, reason_of
 from vfio_user.live import Arrival, LocalDestination, MemoryRegion, Migration, Pipe, files
@@ -159,7 +159,7 @@ def migrate(
     What fails, Ctrl-C too, leaves SRC running as if nothing had been.
     """
     carrier = _carrier(**way)
-    check_page(html)
+    check_writable(html)
     sources, destinations = _sides(paths, devices, remote=carrier is not None)
     memory_here, memory_there = _memory(memory, remote=carrier is not None)
     report, verified = Report(), False

@@ -13,8 +13,8 @@ from rich.console import Console
 from vfio_user.cli.options import bandwidth_option, force_option, html_option, json_option, timeout_option
 from vfio_user.cli.progress import render
 from vfio_user.cli.qemu import CALLS_PER_STEP, control, need_qmp, tell_plan
-from vfio_user.cli.reports import check_page, show, write_page
-from vfio_user.errors import MigrationError, VfioUserError
+from vfio_user.cli.reports import check_writable, show, write_page
+from vfio_user.errors import MigrationError, UsageError, VfioUserError
 from vfio_user.live.report import Status
 from vfio_user.live.text import clean, round_line, verdict
 from vfio_user.tools.interrupts import Interrupts
@@ -88,18 +88,21 @@ def qemu_migrate(
     need_qmp("qemu-migrate")
     from vfio_user.live.qemu import AbsentError, EndedMonitor, Monitor, QemuMigration
 
-    def connected_destination() -> Monitor:
+    if recover and dry_run:
+        raise UsageError("--recover and --dry-run exclude each other")
+
+    def connected(role: str, path: str) -> Monitor:
         try:
-            return Monitor("destination", destination, timeout)
+            return Monitor(role, path, timeout)
         except AbsentError:
             if recover:
-                return EndedMonitor("destination")
+                return EndedMonitor(role)
             raise
 
     with ExitStack() as stack:
         job = QemuMigration(
-            stack.enter_context(Monitor("source", source, timeout)),
-            stack.enter_context(connected_destination()),
+            stack.enter_context(connected("source", source)),
+            stack.enter_context(connected("destination", destination)),
             _pairs(stack, devices, timeout),
             downtime=downtime / 1000,
             bandwidth=None if bandwidth is None else bandwidth * MIB,
@@ -117,7 +120,7 @@ def qemu_migrate(
 
 
 def _move(job: QemuMigration, title: str, *, as_json: bool, html: str | None) -> None:
-    check_page(html)
+    check_writable(html)
     report = job.report
     with suppress(VfioUserError, OSError, KeyboardInterrupt):  # the reason is in the report
         _follow(job, Console(stderr=True, quiet=as_json))

@@ -31,10 +31,10 @@ def show(report: str | RenderableType) -> None:
         _mute()
 
 
-def check_page(html: str | None) -> None:
-    """Raise OSError unless a page can be written there: before anything is done of which it is to tell."""
-    if html is not None and not is_special(Path(html)):
-        with open(html, "ab"):
+def check_writable(file: str | None) -> None:
+    """Raise OSError unless a report can be written there: before anything is done of which it is to tell."""
+    if file is not None and not is_special(Path(file)):
+        with open(file, "ab"):
             pass
 
 

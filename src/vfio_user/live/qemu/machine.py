@@ -6,10 +6,12 @@ Sources: QEMU's ``qapi/qom.json``, ``qapi/pci.json``, ``hmp-commands.hx``; the P
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
 from typing import Annotated
 
 import msgspec
@@ -180,6 +182,18 @@ class Machine:
             except RefusedError:
                 files.append("")
         return files
+
+    def mapped_files(self) -> set[tuple[str, str]]:
+        """Device and inode of the named files that its memory is in, as far as its process can be looked at from here:
+        the same name may be another file's on another host.
+        """
+        names = {os.path.realpath(name) for name in self.memory_files() if name}
+        try:
+            maps = FilePath(f"/proc/{self.monitor.process}/maps").read_text(errors="replace").splitlines()
+        except OSError:
+            return set()
+        mappings = (line.split(maxsplit=5) for line in maps)
+        return {(fields[3], fields[4]) for fields in mappings if fields[-1] in names}
 
     def iommus(self) -> list[str]:
         """The drivers of what stands between its devices and the guest's memory."""

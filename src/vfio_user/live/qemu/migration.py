@@ -43,6 +43,8 @@ from vfio_user.live.report import Report, Round, Status, Step
 from vfio_user.wire.constants import DeviceState
 
 _FOLDER, _SOCKET = "vfio-user-", "memory.sock"
+_SCHEMES = ("tcp", "unix", "vsock", "rdma")
+"""Of URIs that mean the same to both QEMUs."""
 _LONGEST = 107
 """Bytes in the name of a UNIX socket."""
 
@@ -106,6 +108,10 @@ class QemuMigration(Job):
             shared_memory=self.shared_memory,
             logs=self._logs,
         )
+        if self._uri is not None and self._uri.partition(":")[0] not in _SCHEMES:
+            plan.obstacles.append(
+                f"{self._uri} is no way from one QEMU to another: {', '.join(_SCHEMES)}, as tcp:HOST:PORT"
+            )
         if self._uri is None and _too_long(tempfile.gettempdir()):
             plan.obstacles.append(f"{tempfile.gettempdir()}: too long for a socket: name another folder with TMPDIR")
         return plan
@@ -143,6 +149,7 @@ class QemuMigration(Job):
             self.report.status = Status.COMPLETED
             self._leave()
         else:
+            self.source.monitor.status()  # where it has ended, nothing is to be undone
             self.report.step, self._outgoing.servers.logging = Step.PRE_COPY, True
             self._outgoing.suspect()
             self._roll_back()

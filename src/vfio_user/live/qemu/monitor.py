@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Coroutine, Iterator, Mapping
+from struct import Struct
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -26,6 +28,8 @@ POLL = 0.02
 """Seconds between two looks at a QEMU in which nothing seems to happen."""
 MIGRATING = ("setup", "active", "pre-switchover", "device")
 """What a MigrationInfo's status is while memory or machine are on their way."""
+_CREDENTIALS = Struct("3i")
+"""What SO_PEERCRED gives: process, user, group (unix(7))."""
 ENDED = ("completed", "failed", "cancelled", "none")
 """What it is when QEMU does nothing of that kind any more."""
 USUAL_CAPABILITIES = ("pause-before-switchover", "events", "x-ignore-shared")
@@ -104,13 +108,28 @@ class Monitor:
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)  # which has Ctrl-C end what is under way
         self._open = True
         try:
-            self._run(self._client.connect(self.path), self.path)
+            self._process = self._run(self._connect(), self.path)
         except LateError as error:
             self._end()
             raise LateError(f"{self.path} says nothing: is it a QMP socket, and free of another client?") from error
         except BaseException:
             self._end()
             raise
+
+    async def _connect(self) -> int:
+        """The process that listens."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            try:
+                await asyncio.get_running_loop().sock_connect(sock, self.path)
+            except OSError as error:
+                raise ConnectError("no connection", error) from error
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            await self._client.connect(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return int(_CREDENTIALS.unpack(credentials)[0])
 
     def __enter__(self) -> Self:
         return self
@@ -131,6 +150,11 @@ class Monitor:
     def _end(self) -> None:
         self._open = False
         self._runner.close()
+
+    @property
+    def process(self) -> int:
+        """The process that listens there: QEMU, unless its socket was made, or is passed on, by another. 0: unknown."""
+        return self._process
 
     def execute(self, command: str, **arguments: Any) -> object:
         """Have a command done; what it returns. ``_`` in the names of arguments stands for QMP's ``-``."""
@@ -242,6 +266,7 @@ class EndedMonitor(Monitor):
     def __init__(self, name: str) -> None:
         self.name = name
         self.timeout = 0.0
+        self._process = 0
 
     def close(self) -> None:
         """There is nothing to leave."""

@@ -79,7 +79,7 @@ class Plan(Obstacles):
                 not_waiting(destination),
                 unshared(source),
                 unshared(destination),
-                self._shared_files() if shared_memory else (),
+                self._shared_files() if shared_memory else self._same_files(),
                 self._devices(),
             )
         if not self.obstacles:
@@ -96,6 +96,13 @@ class Plan(Obstacles):
             yield "the source's memory is in no named file, which is what shared memory needs: memory-backend-file"
         elif files != self._destination.memory_files():
             yield f"the destination's memory is not the source's: {', '.join(files)}"
+
+    def _same_files(self) -> Iterator[str]:
+        if self._source.mapped_files() & self._destination.mapped_files():
+            yield (
+                "both QEMUs have their memory in the same file, and would write over each other's:"
+                " move it with --shared-memory, or give the destination a file of its own"
+            )
 
     def _devices(self) -> Iterator[str]:
         obstacles = list(self._misfits())
