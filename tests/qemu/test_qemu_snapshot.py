@@ -693,6 +693,8 @@ def test_where_it_does_not_fit_it_is_refused_before_anything_changes(world: Worl
     one = world.destination()
     assert "no control socket is that of 01.0" in refused(one, devices=world.devices(two)[1:])
     assert "01.0 is given twice" in refused(one, devices=world.devices(one) * 2)
+    stranger = ServedDevice("stranger", world.control(two.servers[0]))
+    assert "stranger is no device of the destination's" in refused(one, devices=[*world.devices(one), stranger])
     ram = ["-object", "memory-backend-memfd,id=other,size=64M,share=on", "-machine", "memory-backend=other"]
     assert "the guest's memory is ram (64 MiB)" in refused(world.destination(anonymous_ram=True, extra_args=ram))
     world.restore(one).run()

@@ -94,6 +94,9 @@ class RestorePlan(Obstacles):
             offers[one] = offer
         for device in saved:
             yield from self._find(device, plugged[device.place], offers)
+        if len(self.devices) == len(saved):
+            taken = {placed.served for placed in self.devices}
+            yield from (f"{one.name} is no device of the destination's" for one in self._served if one not in taken)
 
     def _find(
         self, device: SavedDevice, function: PluggedFunction, offers: dict[ServedDevice, DeviceOffer]
