@@ -517,7 +517,7 @@ class Executor:
             try:
                 self._wait(min(MAX_PATIENCE, timeout), moving)
             except TimeoutError:
-                self._hurry()
+                self._hurry(moving)
                 self._wait(max(0.0, deadline - time.monotonic()), moving)
         finally:
             self.held, self.hurried = held, False
@@ -530,11 +530,13 @@ class Executor:
             self.land()  # what lands may have begun something else: a shutdown its flush
         self.land()
 
-    def _hurry(self) -> None:
+    def _hurry(self, moving: bool) -> None:
+        """Interrupt what is waited for, as far as it can be."""
         self.hurried = True
         for queue in (*self.submissions.values(), *self.leaving):
-            for cid in list(queue.busy):
-                self._call_off(queue, cid, Status.COMMAND_INTERRUPTED)
+            for cid, job in list(queue.busy.items()):
+                if job.moving or not moving:
+                    self._call_off(queue, cid, Status.COMMAND_INTERRUPTED)
 
     def clear(self) -> None:
         """Forget all queues: a reset. What is under way elsewhere ends without a completion."""
