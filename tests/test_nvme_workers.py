@@ -12,12 +12,13 @@ from collections.abc import Iterator
 import pytest
 
 from vfio_user.devices.nvme import execution, standstill
-from vfio_user.devices.nvme.constants import ControllerStatus, IoOpcode, Register
+from vfio_user.devices.nvme.constants import ControllerStatus, IoOpcode, Register, Status
 from vfio_user.devices.nvme.storage.base import Views
 from vfio_user.devices.nvme.storage.memory import MemoryStorage
 from vfio_user.devices.nvme.workers import Job, Workers
 from vfio_user.testing.nvme import Command, Ticket, io
 from vfio_user.testing.nvme.commands import FUSED_FIRST, FUSED_SECOND
+from vfio_user.testing.nvme.workload import NvmeWorkload
 from vfio_user.wire.constants import DeviceState
 
 from .nvme_gate_support import TIMEOUT, Desk, GatedStorage, gated, until
@@ -172,6 +173,26 @@ def test_commands_that_no_worker_has_begun_are_interrupted(impatient: None) -> N
         assert [one.status for one in ended].count("SUCCESS") == THREADS
         others = {(one.status, one.do_not_retry) for one in ended if one.status != "SUCCESS"}
         assert others == {("COMMAND_INTERRUPTED", False)}
+
+
+def test_who_sends_them_again_loses_nothing(impatient: None) -> None:
+    storage = GatedStorage()
+    with gated(storage, threads=1) as desk:
+        desk.driver.create_queue_pair(64)
+        workload = NvmeWorkload(desk.driver, blocks=512, depth=32)
+        workload.run(100)
+        storage.gate.clear()
+        workload.start()
+        until(lambda: len(desk.device.executor.workers) > MANY // 10)
+        stopped = threading.Thread(target=desk.guest.client.migration_set_state, args=[DeviceState.STOP])
+        stopped.start()
+        until(lambda: len(desk.device.executor.workers) <= 1)
+        storage.gate.set()
+        stopped.join(TIMEOUT)
+        desk.guest.client.migration_set_state(DeviceState.RUNNING)
+        workload.wait(workload.done + MANY)
+        assert workload.verify() == []
+        assert "COMMAND_INTERRUPTED" in {Status(error.status).name for error in desk.device.logs.errors}
 
 
 class Verified(GatedStorage):

@@ -81,6 +81,11 @@ class Completion(NamedTuple):
         return self.tagged >> 1 & _STATUS_CODE
 
     @property
+    def interrupted(self) -> bool:
+        """Whether the command is to be sent again, as if nothing had been."""
+        return self.tagged >> 1 == Status.COMMAND_INTERRUPTED
+
+    @property
     def do_not_retry(self) -> bool:
         return bool(self.tagged >> 1 & STATUS_DO_NOT_RETRY)
 

@@ -229,8 +229,11 @@ class NvmeWorkload:
             for _ in range(min(self._depth - len(pair.outstanding), pair.sq.room))
             if (operation := self._choose()) is not None
         ]
-        tickets = pair.submit_many(map(self._command, prepared))
-        for operation, ticket in zip(prepared, tickets, strict=True):
+        self._send(pair, prepared)
+
+    def _send(self, pair: QueuePair, operations: Sequence[_Operation]) -> None:
+        tickets = pair.submit_many(map(self._command, operations))
+        for operation, ticket in zip(operations, tickets, strict=True):
             operation.ticket = ticket
             self._flying[ticket] = operation
 
@@ -288,7 +291,11 @@ class NvmeWorkload:
     def _reap(self, pair: QueuePair) -> int:
         ended = pair.reap()
         for ticket in ended:
-            self._ended(self._flying.pop(ticket))
+            operation = self._flying.pop(ticket)
+            if ticket.completion is not None and ticket.completion.interrupted:
+                self._send(pair, [operation])  # as any host does
+            else:
+                self._ended(operation)
         return len(ended)
 
     def _ended(self, operation: _Operation) -> None:
