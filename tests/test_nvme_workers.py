@@ -7,7 +7,9 @@ import gc
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
+from queue import SimpleQueue
 
 import pytest
 
@@ -89,6 +91,46 @@ def test_what_waits_behind_a_cancelled_one_is_done() -> None:
         workers.wait(TIMEOUT)
         workers.land()
         assert landed == [7, 8]
+
+
+class Takers(SimpleQueue[bool]):
+    """Of which a thread takes a call, and the job for it, at the very moment at which calls are counted."""
+
+    def __init__(self, waiting: deque[Job]) -> None:
+        super().__init__()
+        self._waiting = waiting
+        self.taken: list[Job] = []
+
+    def qsize(self) -> int:
+        size = super().qsize()
+        if size and not self.taken:
+            self.get()
+            self.taken.append(self._waiting.popleft())
+        return size
+
+
+def test_who_takes_a_job_while_another_is_given_does_not_take_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else that would wait for a third one to come."""
+    with one_worker() as (workers, _):
+        until(lambda: not workers._waiting)
+        takers = Takers(workers._waiting)
+        monkeypatch.setattr(workers, "_calls", takers)
+        first, second = (waiting_job(workers)[0] for _ in range(2))
+        assert takers.taken == [first]
+        assert (list(workers._waiting), takers.empty()) == ([second], False)
+        assert workers.cancel(second)
+        workers._under_way.discard(first)
+
+
+def test_many_jobs_are_all_done() -> None:
+    """Without anything that comes after them."""
+    workers = Workers(THREADS, lambda: None)
+    for _ in range(500):
+        for _ in range(20):
+            workers.start(lambda: 0, lambda result, error: None)
+        workers.wait(TIMEOUT)
+        workers.land()
+    workers.close()
 
 
 def test_what_has_landed_is_not_held() -> None:

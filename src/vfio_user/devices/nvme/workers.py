@@ -63,7 +63,8 @@ class Workers:
         job = Job(work, landed, moving)
         self._under_way.add(job)
         self._waiting.append(job)
-        if self._calls.qsize() < len(self._waiting):  # each cancelled job has left a call
+        waiting = len(self._waiting)  # counted first: a thread that takes a call now may take its job before we look
+        if self._calls.qsize() < waiting:  # each cancelled job has left a call
             self._calls.put(True)
         if self._threads < min(self._most, len(self._under_way)):
             self._threads += 1
