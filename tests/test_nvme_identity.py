@@ -80,7 +80,7 @@ def test_an_export_is_the_same_from_everywhere(tmp_path: Path, monkeypatch: pyte
     [
         ({"path": "one", "more": "two,link"}, "two is given twice"),
         ({"path": "nbd://host/a", "more": "nbd://host/a"}, "nbd://host/a is given twice"),
-        ({"path": "new", "size": 1536, "block_size": 4096}, "no whole blocks of 4096"),
+        ({"path": "new", "size": 1536, "block_size": 4096}, "size=1536: no whole blocks of 4096"),
         ({"path": "new", "size": SIZE, "block_size": 1000}, "blocks of 1000 bytes"),
         ({"path": "", "block_size": 1000}, "blocks of 1000 bytes"),
         ({"path": "memory:", "serial": "Ä1"}, "serial=Ä1: at most 20 characters of ASCII"),

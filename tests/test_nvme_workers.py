@@ -5,21 +5,28 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
+import subprocess
+import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
 
+from vfio_user import Client
 from vfio_user.devices.nvme import execution, standstill
 from vfio_user.devices.nvme.constants import ControllerStatus, IoOpcode, Register, Status
 from vfio_user.devices.nvme.storage.base import Views
 from vfio_user.devices.nvme.storage.memory import MemoryStorage
 from vfio_user.devices.nvme.workers import Job, Workers
-from vfio_user.testing.nvme import Command, Ticket, io
+from vfio_user.testing.guest import map_memory
+from vfio_user.testing.nvme import Command, NvmeDriver, Ticket, io
 from vfio_user.testing.nvme.commands import FUSED_FIRST, FUSED_SECOND
+from vfio_user.testing.nvme.queues import QueuePair
 from vfio_user.testing.nvme.workload import NvmeWorkload
 from vfio_user.wire.constants import DeviceState
 
@@ -269,36 +276,77 @@ def test_a_verify_of_many_pieces_is_interrupted(impatient: None) -> None:
         assert storage.pieces == 1
 
 
-def test_nobody_overtakes_two_fused_commands_that_wait() -> None:
-    """Reads of other blocks, one after the other, for ever."""
-    storage = GatedStorage(shut=True)
+@contextlib.contextmanager
+def a_pair_that_waits(storage: GatedStorage) -> Iterator[tuple[Desk, Callable[[], Ticket], QueuePair, list[Ticket]]]:
+    """Behind a read that the storage keeps: a desk, what reads once more, the pair's queue, the read and the pair."""
     with gated(storage) as desk, desk.driver.buffers.prp(512) as one, desk.driver.buffers.prp(512) as other:
         pairs, reads = desk.driver.create_queue_pair(), desk.driver.create_queue_pair()
-        read = io(IoOpcode.READ, 1, 64, 1, other)
-        before = reads.submit(read)
+        before = reads.submit(io(IoOpcode.READ, 1, 64, 1, other))
         storage.wait_for(1)
         fused = pairs.submit_many([io(opcode, 1, 0, 1, one, flags=flags) for opcode, flags in COMPARE_AND_WRITE])
         desk.nudge()
-        behind = reads.submit(read)
+        yield desk, lambda: reads.submit(io(IoOpcode.READ, 1, 64, 1, other)), pairs, [before, *fused]
+
+
+def test_nobody_overtakes_two_fused_commands_that_wait() -> None:
+    """Reads of other blocks, one after the other, for ever."""
+    storage = GatedStorage(shut=True)
+    with a_pair_that_waits(storage) as (desk, read, _, tickets):
+        tickets.append(read())
         desk.nudge()
         assert storage.calls == ["read"]
         storage.gate.set()
-        assert {desk.driver.complete(ticket).status for ticket in (before, *fused, behind)} == {"SUCCESS"}
+        assert statuses(desk, tickets) == {"SUCCESS"}
         assert storage.calls == ["read", "read", "write", "read"]
 
 
 def test_two_fused_commands_that_wait_for_ever_go_with_their_queue() -> None:
     storage = GatedStorage(shut=True)
-    with gated(storage) as desk, desk.driver.buffers.prp(512) as one, desk.driver.buffers.prp(512) as other:
-        pairs, reads = desk.driver.create_queue_pair(), desk.driver.create_queue_pair()
-        read = io(IoOpcode.READ, 1, 64, 1, other)
-        before = reads.submit(read)
-        storage.wait_for(1)
-        pairs.submit_many([io(opcode, 1, 0, 1, one, flags=flags) for opcode, flags in COMPARE_AND_WRITE])
-        desk.nudge()
+    with a_pair_that_waits(storage) as (desk, read, pairs, (before, *_)):
         desk.driver.delete_queue_pair(pairs)
-        behind = reads.submit(read)
+        behind = read()
         storage.wait_for(2)
         storage.gate.set()
         assert statuses(desk, [before, behind]) == {"SUCCESS"}
         assert not desk.driver.status & ControllerStatus.CFS
+
+
+# The end of a process
+
+
+HANGING = """
+import threading
+from vfio_user.devices.nvme import Nvme
+from vfio_user.devices.nvme.storage.memory import MemoryStorage
+
+class Hanging(MemoryStorage):
+    def flush(self):
+        print("hangs", flush=True)
+        threading.Event().wait()
+
+class Stuck(Nvme):
+    def __init__(self, **options):
+        super().__init__(path="", **options)
+        self.add_namespace(Hanging("hanging", size=1 << 20))
+"""
+
+
+def test_a_storage_that_hangs_keeps_no_process(tmp_path: Path) -> None:
+    """SIGTERM ends a server whose worker never returns."""
+    (tmp_path / "stuck.py").write_text(HANGING)
+    path = tmp_path / "nvme"
+    command = [sys.executable, "-m", "vfio_user", "serve", f"{tmp_path}/stuck.py:Stuck", "--socket-path", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        until(path.exists)
+        with Client.connect(path) as client:
+            driver = NvmeDriver.of_client(client, map_memory(client, 2 << 20))
+            driver.enable()
+            driver.create_queue_pair().submit(FLUSH)
+            while "hangs" not in process.stdout.readline():
+                pass
+            process.send_signal(signal.SIGTERM)
+            try:
+                assert process.wait(TIMEOUT) == 0
+            finally:
+                process.kill()

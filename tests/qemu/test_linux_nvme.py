@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from vfio_user.devices.nvme import Nvme
+from tests.nvme_gate_support import until
+from vfio_user.devices.nvme import Nvme, execution
+from vfio_user.devices.nvme.constants import Status
+from vfio_user.devices.nvme.storage.base import Views
 from vfio_user.filters import Stats
 from vfio_user.testing.linux import Guest, GuestCommandError, LinuxMachine
 
@@ -361,6 +364,39 @@ def test_a_namespace_that_comes_or_goes_is_seen_without_a_command(
     served.device.post(lambda: served.device.remove_namespace(2))
     linux.wait_until("test ! -e /dev/nvme0n2")
     assert disk.nvme("list-ns") == {"nsid_list": [{"nsid": 1}]}
+
+
+def test_what_is_interrupted_is_read_again_and_nobody_hears_of_it(
+    served: Served, disk: Disk, linux: LinuxMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands that the storage keeps waiting when a migration stops the device: the driver sends them again."""
+    jobs, gate, storage = 16, threading.Event(), served.device.namespaces[1].storage
+    workers, errors = served.device.executor.workers, served.device.logs.errors
+    read = storage.read
+
+    def read_slowly(offset: int, views: Views) -> None:
+        gate.wait(TIMEOUT)
+        read(offset, views)
+
+    linux.run(f"dd if=/dev/urandom of={disk.namespace} bs=4k count={jobs} conv=notrunc,fsync")
+    monkeypatch.setattr(execution, "MAX_PATIENCE", 0.2)
+    monkeypatch.setattr(storage, "read", read_slowly)
+    monkeypatch.setattr(storage, "read_now", lambda offset, views: False)
+    before = served.device.logs.error_count
+    reads = [f"dd if={disk.namespace} of=/tmp/{job} bs=4k count=1 skip={job} iflag=direct" for job in range(jobs)]
+    reading = linux.start(f"{' & '.join(reads)} & wait")
+    linux.wait_until(f"read -r reads writes </sys/block/nvme0n1/inflight; test $reads = {jobs}", TIMEOUT)
+    served.device.post(lambda: served.device.executor.quiesce(TIMEOUT))
+    until(lambda: served.device.logs.error_count > before)
+    gate.set()
+    assert reading.wait().count("1+0 records out") == jobs
+    assert {error.status for error in list(errors)[: served.device.logs.error_count - before]} == {
+        Status.COMMAND_INTERRUPTED
+    }
+    assert not workers
+    with disk.image.open("rb") as image:
+        for job in range(jobs):
+            assert linux.run_bytes(f"cat /tmp/{job}") == image.read(BLOCK)
 
 
 def test_shadow_doorbells_spare_traps_while_the_controller_is_at_work(

@@ -224,10 +224,13 @@ class AdminCommands:
             return granted
         if feature is Feature.INTERRUPT_VECTOR_CONFIGURATION:
             check(command.cdw11 & 0xFFFF < controller.interrupt_vectors)
-        everywhere = RULES[feature].per_namespace and command.nsid == ALL_NAMESPACES
-        one = self._namespace(command).number if RULES[feature].per_namespace and not everywhere else 0
-        for number in controller.namespaces if everywhere else [one]:
-            features.set(feature, command.cdw11, number)
+        if not RULES[feature].per_namespace:
+            features.set(feature, command.cdw11)
+        elif command.nsid == ALL_NAMESPACES:
+            for number in controller.namespaces:
+                features.set(feature, command.cdw11, number)
+        else:
+            features.set(feature, command.cdw11, self._namespace(command).number)
         if feature is Feature.VOLATILE_WRITE_CACHE and not features.get(feature):
             return self._executor.later(queue, command, controller.namespaces.flush)
         if feature is Feature.TEMPERATURE_THRESHOLD and features.too_warm:

@@ -32,7 +32,7 @@ from vfio_user.devices.nvme.io import IoCommands
 from vfio_user.devices.nvme.keep_alive import KeepAlive
 from vfio_user.devices.nvme.logs import Logs
 from vfio_user.devices.nvme.metering import Meter
-from vfio_user.devices.nvme.namespaces import Namespace, Namespaces, check_size
+from vfio_user.devices.nvme.namespaces import Namespace, Namespaces, check_block_size
 from vfio_user.devices.nvme.parts import MemoryParts
 from vfio_user.devices.nvme.paths import MEMORY, check_distinct, is_there, open_path, serial_of
 from vfio_user.devices.nvme.queues import CompletionQueue, Ring, SubmissionQueue
@@ -118,7 +118,9 @@ class Nvme(Device):
         for name, most in (("serial", SERIAL_LENGTH), ("model", MODEL_LENGTH)):
             if len(getattr(self, name)) > most or not getattr(self, name).isascii():
                 raise ValueError(f"{name}={getattr(self, name)}: at most {most} characters of ASCII are possible")
-        check_size(self.size, self.block_size)
+        check_block_size(self.block_size)
+        if self.size % self.block_size:
+            raise ValueError(f"size={self.size}: no whole blocks of {self.block_size} bytes")
         check_distinct(self._paths)
         self.msix_vectors = self.queues + 1
         serial = self.serial or serial_of(self._paths)
@@ -316,7 +318,7 @@ class Nvme(Device):
     def quiesce(self) -> None:
         """Let what is under way end; what waits in the queues is carried out after what asked for this is done."""
         self.executor.look_away()  # perhaps for good: the client may have left
-        self._standstill.quiesce()
+        self._standstill.quiesce(moving=True)
 
     # The life of a controller
 

@@ -191,7 +191,8 @@ class Executor:
         room = queue.completions.room
         if queue.number and (self._alone or self._before not in (None, queue)):
             return False
-        self._before = None if self._before is queue else self._before
+        if self._before is queue:
+            self._before = None
         if queue.number:  # commands of the host for the controller, ABORT say, do not wait for the storage
             room = min(room, MAX_JOBS - len(self.workers))
         count = min(queue.waiting, room, self.burst)

@@ -33,7 +33,7 @@ class Namespace:
 
     def format(self, block_size: int) -> None:
         """Count in blocks of another size. Raises ValueError where that does not divide the storage."""
-        check_size(0, block_size)
+        check_block_size(block_size)
         if not self.storage.size or self.storage.size % block_size:
             raise ValueError(f"{self.storage.name}: {self.storage.size} bytes are no whole blocks of {block_size}")
         if block_size % self.storage.block_size:
@@ -130,12 +130,10 @@ class Namespaces(dict[int, Namespace]):
             namespace.storage.close()
 
 
-def check_size(size: int, block_size: int) -> None:
-    """Raise ValueError for blocks that there are not, and a size in bytes that is not a whole number of them."""
+def check_block_size(block_size: int) -> None:
+    """Raise ValueError for blocks that no namespace has."""
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"blocks of {block_size} bytes: there are {' and '.join(map(str, BLOCK_SIZES))}")
-    if size % block_size:
-        raise ValueError(f"{size} bytes are no whole blocks of {block_size}")
 
 
 def active_namespace(namespaces: Mapping[int, Namespace], number: int) -> Namespace:

@@ -222,8 +222,7 @@ def _check_namespaces(device: Nvme, saved: Sequence[SavedNamespace]) -> None:
     if theirs != ours:
         raise ValueError(f"the namespaces differ (NSID: bytes): {theirs} there, {ours} here")
     for one in saved:
-        least = device.namespaces[one.number].storage.block_size
-        if one.block_size not in BLOCK_SIZES or one.size % one.block_size or one.block_size % least:
+        if one.block_size not in BLOCK_SIZES or not device.namespaces[one.number].fits(one.block_size):
             raise ValueError(f"namespace {one.number} with blocks of {one.block_size} bytes")
 
 

@@ -81,7 +81,7 @@ class Standstill:
 
     # What is under way
 
-    def quiesce(self, *, moving: bool = True) -> None:
+    def quiesce(self, *, moving: bool) -> None:
         """Let what is at the guest's memory end, or, without ``moving``, all that is under way; what waits is carried
         out afterwards. Raises OSError(ETIMEDOUT).
         """
