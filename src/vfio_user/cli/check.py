@@ -152,13 +152,13 @@ def _progress(total: int) -> Iterator[Progress]:
 
 
 def _show(report: Report, strict: bool, as_json: bool, junit_file: str | None) -> None:
-    if junit_file is not None:
-        with naming(junit_file):
-            Path(junit_file).write_bytes(junit(report, strict=strict))
     if as_json:
         click.echo(json.dumps(report.as_dict()))
     else:
         _print(report)
+    if junit_file is not None:
+        with naming(junit_file):
+            Path(junit_file).write_bytes(junit(report, strict=strict))
     failed = failures(report, strict=strict)
     if failed:
         rule = "are not as expected" if strict else "break what the specification demands"
