@@ -95,10 +95,11 @@ def test_a_report_that_could_not_be_written(command: str, option: str) -> None:
     assert told(command, "/nowhere/socket", option, where) == (1, f"{where}: No such file or directory")
 
 
-def test_what_may_not_be_read_is_no_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["info FILE", "restore /nowhere FILE", "replay FILE /nowhere", "trace --read FILE"])
+def test_what_may_not_be_read_is_no_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """Whoever opens it says so, with exit status 1: root, whom nothing is forbidden, reads it here."""
     secret = tmp_path / "secret"
     secret.write_bytes(b"")
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
-    done = CliRunner().invoke(cli, ["info", str(secret)])
+    done = CliRunner().invoke(cli, command.replace("FILE", str(secret)).split())
     assert done.exit_code == 1, done.output

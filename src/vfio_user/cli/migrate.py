@@ -15,6 +15,7 @@ from rich.console import Console
 from vfio_user.cli.inspect import open_for_reading
 from vfio_user.cli.naming import connect, naming
 from vfio_user.cli.options import (
+    ANY_PATH,
     bandwidth_option,
     force_option,
     html_option,
@@ -39,7 +40,7 @@ from vfio_user.tools.saved import is_special, replaced, spooled
 
 MIB = 1 << 20
 STDIN, STDOUT, STDERR = 0, 1, 2
-file_argument = click.argument("file", metavar="FILE|-", type=click.Path())
+file_argument = click.argument("file", metavar="FILE|-", type=ANY_PATH)
 
 
 @click.command(epilog="Example: vfio-user save /tmp/edu.sock edu.state")
@@ -114,7 +115,7 @@ def _telling(what: str) -> Iterator[None]:
 
 
 @click.command(epilog="Example: vfio-user migrate /tmp/a.sock --exec 'ssh host2 vfio-user receive /tmp/b.sock'")
-@click.argument("paths", metavar="SRC DST", nargs=-1, type=click.Path())
+@click.argument("paths", metavar="SRC DST", nargs=-1, type=ANY_PATH)
 @click.option("--device", "devices", metavar="SRC:DST", multiple=True, help="One more device of the same guest.")
 @click.option("--exec", "command", metavar="COMMAND", help="In place of DST, what runs vfio-user receive: ssh ...")
 @click.option("--to", metavar="PLACE", help="In place of DST, where vfio-user receive listens: HOST:PORT or a socket.")
@@ -271,7 +272,7 @@ def _raise_failure(report: Report, verified: bool) -> None:
 @click.command(
     epilog="Example: vfio-user receive /tmp/b.sock --listen host2:4444 --cert host2.crt --key host2.key --ca hosts.crt"
 )
-@click.argument("paths", metavar="DST...", nargs=-1, required=True, type=click.Path())
+@click.argument("paths", metavar="DST...", nargs=-1, required=True, type=ANY_PATH)
 @click.option("--listen", metavar="PLACE", help="Wait there for migrate --to: HOST:PORT, with TLS, or a UNIX socket.")
 @click.option("--memory", metavar="FILE[@ADDRESS]", multiple=True, help="A file that becomes the guest's memory there.")
 @peer_options

@@ -15,7 +15,7 @@ from vfio_user.tools.interrupts import END_SIGNALS
 from vfio_user.tools.proxy import ProxyBackend
 from vfio_user.tools.serving import raise_fd_limit
 
-_PATH = click.Path(path_type=Path)
+_PATH = click.Path(readable=False, path_type=Path)
 
 
 @click.command(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from vfio_user.cli.options import bandwidth_option, force_option, html_option, json_option, timeout_option
+from vfio_user.cli.options import ANY_PATH, bandwidth_option, force_option, html_option, json_option, timeout_option
 from vfio_user.cli.progress import render
 from vfio_user.cli.qemu import CALLS_PER_STEP, control, need_qmp, tell_plan
 from vfio_user.cli.reports import check_writable, show, write_page
@@ -44,7 +44,7 @@ _ADVICE = "; see whether its guest runs, then: vfio-user qemu-migrate --recover"
 @click.option(
     "--gdb",
     metavar="PATH",
-    type=click.Path(),
+    type=ANY_PATH,
     help="For devices with MSI-X on another host: a socket that its QEMU makes and that is reached here, too.",
 )
 @click.option("--shared-memory", is_flag=True, help="Both have their memory in the same file, which is not copied.")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from vfio_user.cli.options import json_option, timeout_option
+from vfio_user.cli.options import ANY_PATH, json_option, timeout_option
 from vfio_user.cli.qemu import CALLS_PER_STEP, carry_out, need_qmp, served, tell_outcome, tell_plan
 from vfio_user.tools.interrupts import Interrupts
 
 
 @click.command("qemu-restore", epilog="Example: vfio-user qemu-restore --to b.qmp --device b.ctl snapshot")
-@click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="FOLDER", type=click.Path(readable=False, path_type=Path))
 @click.option("--to", "destination", metavar="QMP", required=True, help="QMP socket of the QEMU that waits for it.")
 @click.option(
     "--device",
@@ -26,7 +26,7 @@ from vfio_user.tools.interrupts import Interrupts
 @click.option(
     "--gdb",
     metavar="PATH",
-    type=click.Path(),
+    type=ANY_PATH,
     help="For devices with MSI-X, if QEMU cannot be given a socket: one that it makes and that is reached here, too.",
 )
 @click.option("--paused", is_flag=True, help="Do not let the guest go on: cont, by QMP, does.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("qemu-save", epilog="Example: vfio-user qemu-save --from a.qmp --device a.ctl snapshot")
-@click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="FOLDER", type=click.Path(readable=False, path_type=Path))
 @click.option("--from", "source", metavar="QMP", required=True, help="QMP socket of the QEMU whose guest to save.")
 @click.option(
     "--device",
